@@ -1,0 +1,268 @@
+"""The seam between `models` and `parallel`: where tokens sit, and the operations across tokens.
+
+Everything that lets one token see another goes through a `SequenceOp`: a module without parameters,
+whose weights come as arguments. `parallel` replaces these modules and nothing else, so a mixer
+reads the same on one core and on a thousand devices.
+
+Shapes are [batch, seq, heads, dim]; `seq` is always local to this rank.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.transition import DenseTransition, Transition
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """A run of consecutive tokens of one document, as it lies in one local row."""
+
+    length: int
+    index: int  # of the first token, in the packed global sequence
+    position: int = 0  # of the first token, inside its own document
+    padding: bool = False
+
+    @property
+    def start(self) -> int:
+        """Global index at which the document starts: equal for two fragments of one document."""
+        return self.index - self.position
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceInfo:
+    """Where each local token sits; every mask, reset and position derives from it.
+
+    Query i sees key j iff both are of one document and index_j <= index_i. The fragments are the
+    host's copy of the same facts, for code that must know lengths without asking the device.
+    """
+
+    index: Tensor  # [batch, seq] int64, in the packed global sequence
+    positions: Tensor  # [batch, seq] int64, inside the own document; 0 at a document start
+    valid: Tensor  # [batch, seq] bool, False for padding
+    fragments: tuple[tuple[Fragment, ...], ...]  # per row, tiling it from left to right
+
+    @classmethod
+    def from_fragments(
+        cls, rows: Sequence[Sequence[Fragment]], device: torch.device | str = "cpu"
+    ) -> "SequenceInfo":
+        """Raises ValueError unless every row holds the same, positive number of tokens."""
+        lengths = {sum(fragment.length for fragment in row) for row in rows}
+        if len(lengths) != 1 or min(lengths) <= 0:
+            raise ValueError(f"rows must hold equally many tokens, got {sorted(lengths)}")
+
+        def runs(row: Sequence[Fragment], first: str) -> Tensor:
+            starts = (getattr(fragment, first) for fragment in row)
+            return torch.cat(
+                [torch.arange(s, s + f.length) for s, f in zip(starts, row, strict=True)]
+            )
+
+        valid = [torch.cat([torch.full((f.length,), not f.padding) for f in row]) for row in rows]
+        return cls(
+            index=torch.stack([runs(row, "index") for row in rows]).to(device),
+            positions=torch.stack([runs(row, "position") for row in rows]).to(device),
+            valid=torch.stack(valid).to(device),
+            fragments=tuple(tuple(row) for row in rows),
+        )
+
+    @classmethod
+    def from_lengths(
+        cls,
+        rows: Sequence[Sequence[int]],
+        *,
+        padding: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "SequenceInfo":
+        """Whole documents of these lengths, row by row, then `padding[row]` tokens of padding."""
+        tiled = []
+        for i, row in enumerate(rows):
+            fragments, index = [], 0
+            for length in row:
+                fragments.append(Fragment(length, index))
+                index += length
+            if padding is not None and padding[i]:
+                fragments.append(Fragment(padding[i], index, padding=True))
+            tiled.append(fragments)
+        return cls.from_fragments(tiled, device)
+
+    @classmethod
+    def span(
+        cls, batch: int, start: int, stop: int, device: torch.device | str = "cpu"
+    ) -> "SequenceInfo":
+        """Tokens start..stop of one document in every row: a prefix, or a step of decoding."""
+        return cls.from_fragments([[Fragment(stop - start, start, start)]] * batch, device)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.index.shape[0], self.index.shape[1]
+
+    def to(self, device: torch.device | str) -> "SequenceInfo":
+        return SequenceInfo(
+            self.index.to(device, non_blocking=True),
+            self.positions.to(device, non_blocking=True),
+            self.valid.to(device, non_blocking=True),
+            self.fragments,
+        )
+
+    def row(self, row: int) -> "SequenceInfo":
+        """This row alone, as a batch of one."""
+        one = slice(row, row + 1)
+        return SequenceInfo(
+            self.index[one], self.positions[one], self.valid[one], self.fragments[one]
+        )
+
+
+class SequenceOp(nn.Module, ABC):
+    """A parameter-free operation across tokens; its weights are arguments."""
+
+
+class CausalConv(SequenceOp):
+    """A depthwise causal convolution that never reaches over a document start."""
+
+    @abstractmethod
+    def forward(
+        self, x: Tensor, weight: Tensor, info: SequenceInfo, *, history: Tensor | None = None
+    ) -> Tensor:
+        """[batch, seq, channels] -> the same; weight [channels, width], newest tap last.
+
+        history: [batch, width - 1, channels], the tokens just before the row; the first token sees
+        as many of them as its position in its document allows. Absent, they are zero.
+        """
+
+
+class Visibility(NamedTuple):
+    """Which key blocks a query of another block sees, per key head (token-level routing)."""
+
+    query_block: Tensor  # [batch, seq] int64, block of each query in the packed global sequence
+    key_block: Tensor  # [batch, key_seq] int64
+    keep: Tensor  # [batch, key_seq, kv_heads] bool; False: seen by queries of its own block only
+
+
+class SoftmaxAttention(SequenceOp):
+    """Causal softmax attention inside documents.
+
+    Two further masks, `window` and `visibility`, are taken only by an implementation that lists
+    them in `masks`: whoever builds a mixer that needs one checks it then, not at step 900.
+    """
+
+    masks: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        info: SequenceInfo,
+        *,
+        key_info: SequenceInfo | None = None,
+        scale: float | None = None,
+        window: int | None = None,
+        visibility: Visibility | None = None,
+    ) -> Tensor:
+        """-> [batch, seq, heads, v_dim].
+
+        q: [batch, seq, heads, dim]; k: [batch, key_seq, kv_heads, dim]; v: [..., kv_heads, v_dim];
+        kv_heads divides heads; head h reads key head h // (heads // kv_heads). scale is
+        dim^-0.5 unless given. key_info: where the keys sit, if not where the queries do.
+        window: keys further back than window - 1 indices are not seen.
+        """
+
+    @abstractmethod
+    def block(
+        self, q: Tensor, k: Tensor, v: Tensor, info: SequenceInfo, key_info: SequenceInfo, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Output over these keys alone, and its log-sum-exp [batch, seq, heads], natural log,
+        fp32 or wider; where a query sees no key: 0 and -inf."""
+
+    @abstractmethod
+    def block_backward(
+        self,
+        grad_output: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        output: Tensor,
+        lse: Tensor,
+        info: SequenceInfo,
+        key_info: SequenceInfo,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dq, dk, dv) due to these keys, given output and lse over *all* keys."""
+
+
+class LatentAttention(SequenceOp):
+    """Attention over a low-rank latent: multi-head latent attention, arXiv 2405.04434.
+
+    The up-projection is an argument, so that a scheme may move latents instead of keys and values;
+    its gradient comes back like any other.
+    """
+
+    @abstractmethod
+    def forward(
+        self,
+        q: Tensor,
+        latent: Tensor,
+        shared_key: Tensor,
+        up_weight: Tensor,
+        info: SequenceInfo,
+        *,
+        key_info: SequenceInfo | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """-> [batch, seq, heads, v_dim].
+
+        q: [batch, seq, heads, nope + rope], nope part first; latent: [batch, key_seq, rank],
+        normalised; shared_key: [batch, key_seq, rope], one for all heads;
+        up_weight: [heads, nope + v_dim, rank], the key part first.
+        """
+
+
+class Recurrent(NamedTuple):
+    output: Tensor  # [batch, seq, heads, value_dim]
+    final_state: Tensor  # [batch, heads, key_dim, value_dim], fp32 or wider
+
+
+class LinearRecurrence(SequenceOp):
+    """S_t = A_t S_{t-1} + B_t and o_t = S_t^T q_t: affine in the state, which is the contract.
+
+    A document start forgets the state. Hence a segment maps the state S that enters it to
+    T S + U, with T and U its `summary`, and segments compose.
+    """
+
+    @abstractmethod
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        beta: Tensor,
+        info: SequenceInfo,
+        *,
+        initial_state: Tensor | None = None,
+    ) -> Recurrent:
+        """q, k, log_decay: [batch, seq, heads, key_dim]; v: [batch, seq, heads, value_dim];
+        beta: [batch, seq, heads]; log_decay is natural and <= 0.
+
+        initial_state [batch, heads, key_dim, value_dim] enters before the first token, which keeps
+        it if its position is not 0. q comes scaled.
+        """
+
+    def summary(
+        self, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, info: SequenceInfo
+    ) -> tuple[Transition, Tensor]:
+        """(T, U) of the whole row: the final state is T initial_state + U, U shaped like a state.
+
+        By linearity T is the final state of the identity when nothing is written.
+        """
+        update = self(k, k, v, log_decay, beta, info).final_state
+        eye = torch.eye(k.shape[-1], dtype=update.dtype, device=k.device)
+        eye = eye.expand(k.shape[0], k.shape[2], -1, -1)
+        nothing = torch.zeros_like(k)
+        final = self(k, k, nothing, log_decay, beta, info, initial_state=eye).final_state
+        return DenseTransition(final), update
