@@ -41,7 +41,7 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def flops_per_token(self, context: float) -> float:
-        """Forward FLOPs, two a multiply-add, of one token that sees `context` tokens with itself."""
+        """Forward FLOPs, two a multiply-add, of a token that sees `context` tokens with itself."""
 
     @abstractmethod
     def state_elements(self, context: int) -> int:
