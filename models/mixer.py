@@ -26,7 +26,9 @@ def extend(cache: Cache | None, name: str, x: Tensor) -> Tensor:
 class Mixer(nn.Module, ABC):
     """[batch, seq, d_model] -> [batch, seq, d_model], causal, documents apart.
 
-    Constructors take d_model, then keywords. Tokens meet only in the mixer's `SequenceOp`s.
+    Constructors take d_model, then keywords. Tokens meet only in the mixer's `SequenceOp`s. The
+    model resets linears and norms; any module that owns other parameters has
+    `reset_parameters(std)` for them.
     """
 
     token_multiple: ClassVar[int] = 1  # every fragment a rank owns holds a multiple of this
@@ -34,10 +36,6 @@ class Mixer(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor, info: SequenceInfo, cache: Cache | None = None) -> Tensor:
         """With a cache, `info` goes on where the cached tokens of the one document ended."""
-
-    @abstractmethod
-    def reset_parameters(self, std: float) -> None:
-        """Own parameters; submodules that are mixers' alone are reset here too."""
 
     @abstractmethod
     def flops_per_token(self, context: float) -> float:

@@ -96,6 +96,13 @@ class SequenceInfo:
         """Tokens start..stop of one document in every row: a prefix, or a step of decoding."""
         return cls.from_fragments([[Fragment(stop - start, start, start)]] * batch, device)
 
+    def history(self, length: int) -> "SequenceInfo":
+        """The `length` tokens that end with this row's last one, in its last document: the keys
+        that a decoding step sees."""
+        last = self.fragments[0][-1]
+        stop = last.position + last.length
+        return SequenceInfo.span(self.shape[0], stop - length, stop, self.index.device)
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.index.shape[0], self.index.shape[1]

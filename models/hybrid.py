@@ -1,0 +1,155 @@
+"""HybridLM: a language model whose layers take their token mixer from a pattern.
+
+embed > [norm, mixer, norm, feed-forward] x num_layers > norm; the head is `head_weight`, applied
+by whoever needs logits: a loss in tiles, generation to the last token alone.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from models.mixer import Cache, Mixer
+from models.moe import MoE, Router
+from models.norm import RMSNorm
+from models.ops.select import Ops
+from models.residual import AttentionResidual, Stream, SumResidual
+from models.sequence import SequenceInfo
+
+
+class Layer(nn.Module):
+    """One mixer and one feed-forward sub-layer: the unit of checkpointing, compiling, sharding."""
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        mixer: Mixer,
+        ffn: nn.Module,
+        residuals: tuple[nn.Module, nn.Module],
+        norm_eps: float,
+    ) -> None:
+        super().__init__()
+        self.mixer_residual, self.ffn_residual = residuals
+        self.mixer_norm = RMSNorm(d_model, eps=norm_eps)
+        self.mixer = mixer
+        self.ffn_norm = RMSNorm(d_model, eps=norm_eps)
+        self.ffn = ffn
+
+    def forward(self, stream: Stream, info: SequenceInfo, cache: Cache | None = None) -> Stream:
+        x = self.mixer_norm(self.mixer_residual.read(stream))
+        stream = self.mixer_residual.write(stream, self.mixer(x, info, cache))
+        x = self.ffn_norm(self.ffn_residual.read(stream))
+        return self.ffn_residual.write(stream, self.ffn(x, info))
+
+
+class HybridLM(nn.Module):
+    """tokens [batch, seq] -> hidden [batch, seq, d_model] behind the final norm.
+
+    Layer i takes mixers[pattern[i % len(pattern)]], and the dense ffn where i < dense_layers or
+    moe is None, else the mixture. mixers take (d_model, ops=), ffn (d_model), moe (d_model, ops=).
+    residual_block: sub-layers per block of Block Attention Residuals; None for a plain sum.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        d_model: int,
+        num_layers: int,
+        pattern: Sequence[str],
+        mixers: Mapping[str, Callable[..., Mixer]],
+        ffn: Callable[..., nn.Module],
+        ops: Ops,
+        moe: Callable[..., MoE] | None = None,
+        dense_layers: int = 0,
+        tie_embeddings: bool = False,
+        norm_eps: float = 1e-5,
+        init_std: float = 0.02,
+        residual_block: int | None = None,
+    ) -> None:
+        super().__init__()
+        _check_pattern(pattern, mixers, num_layers)
+        if residual_block is not None and residual_block < 1:
+            raise ValueError(f"model.residual_block is {residual_block}; it must be >= 1, or null")
+        self.pattern = [pattern[i % len(pattern)] for i in range(num_layers)]
+        self.init_std = init_std
+
+        def residual(sublayer: int) -> nn.Module:
+            if residual_block is None:
+                return SumResidual()
+            opens = sublayer % residual_block == 0
+            return AttentionResidual(d_model, opens_block=opens, norm_eps=norm_eps)
+
+        self.embed = nn.Embedding(vocab_size, d_model)
+        self.layers = nn.ModuleList(
+            Layer(
+                d_model,
+                mixer=mixers[name](d_model, ops=ops),
+                ffn=ffn(d_model) if moe is None or i < dense_layers else moe(d_model, ops=ops),
+                residuals=(residual(2 * i), residual(2 * i + 1)),
+                norm_eps=norm_eps,
+            )
+            for i, name in enumerate(self.pattern)
+        )
+        self.residual = residual(2 * num_layers)
+        self.norm = RMSNorm(d_model, eps=norm_eps)
+        self.head = None if tie_embeddings else nn.Linear(d_model, vocab_size, bias=False)
+
+    def forward(
+        self, tokens: Tensor, info: SequenceInfo, caches: list[Cache] | None = None
+    ) -> Tensor:
+        """With caches, one per layer, `info` goes on where the cached tokens ended."""
+        stream: Stream = (self.embed(tokens),)
+        for i, layer in enumerate(self.layers):
+            stream = layer(stream, info, None if caches is None else caches[i])
+        return self.norm(self.residual.read(stream))
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[vocab_size, d_model]."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Linears and embeddings N(0, init_std), norms 1; every other parameter by its owner.
+
+        Draws from torch's default generators, in the order of the modules.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=self.init_std)
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+            elif next(module.parameters(recurse=False), None) is not None:
+                module.reset_parameters(self.init_std)
+
+    def routers(self) -> list[Router]:
+        return [module for module in self.modules() if isinstance(module, Router)]
+
+    def flops_per_token(self, context: float) -> float:
+        """Forward FLOPs, head included, of a token that sees `context` tokens with itself."""
+        per_layer = (
+            layer.mixer.flops_per_token(context) + layer.ffn.flops_per_token()
+            for layer in self.layers
+        )
+        return sum(per_layer) + 2 * self.head_weight.numel()
+
+    def state_elements(self, context: int) -> int:
+        """Elements remembered per sequence while decoding, after `context` tokens."""
+        return sum(layer.mixer.state_elements(context) for layer in self.layers)
+
+    def active_parameters(self) -> int:
+        """Parameters that one token uses."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        return total - sum(layer.ffn.idle_parameters() for layer in self.layers)
+
+
+def _check_pattern(pattern: Sequence[str], mixers: Mapping[str, object], num_layers: int) -> None:
+    if num_layers < 1:
+        raise ValueError(f"model.num_layers is {num_layers}; it must be at least 1")
+    if not pattern:
+        raise ValueError("model.pattern is empty; it must name at least one mixer")
+    for name in pattern:
+        if name not in mixers:
+            raise ValueError(f"model.pattern names {name!r}; mixers are {sorted(mixers)}")

@@ -1,0 +1,72 @@
+"""Grouped-query attention, arXiv 2305.13245: the transformer baseline.
+
+B batch, S local seq, H heads.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from models.mixer import Cache, Mixer, extend
+from models.norm import RMSNorm
+from models.ops.select import Ops
+from models.rope import Rope
+from models.sequence import SequenceInfo
+
+
+class GroupedQueryAttention(Mixer):
+    """[B, S, d_model] -> the same; num_kv_heads key heads serve num_heads query heads.
+
+    rope_base null gives no positions; qk_norm normalises each head's queries and keys (arXiv
+    2302.05442); output_gate multiplies a sigmoid gate on the heads' outputs (arXiv 2505.06708).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        ops: Ops,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        rope_base: float | None = 10_000.0,
+        qk_norm: bool = False,
+        output_gate: bool = False,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads is {num_kv_heads}; it must divide num_heads = {num_heads}"
+            )
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        inner = num_heads * head_dim
+        self.qkv_proj = nn.Linear(d_model, inner + 2 * num_kv_heads * head_dim, bias=False)
+        self.q_norm = RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
+        self.gate_proj = nn.Linear(d_model, inner, bias=False) if output_gate else None
+        self.out_proj = nn.Linear(inner, d_model, bias=False)
+        self.rope = None if rope_base is None else Rope(head_dim, base=rope_base)
+        self.attention = ops.softmax()
+
+    def forward(self, x: Tensor, info: SequenceInfo, cache: Cache | None = None) -> Tensor:
+        heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
+        qkv = self.qkv_proj(x).unflatten(-1, (sum(heads), self.head_dim))
+        q, k, v = qkv.split(heads, dim=2)  # [B, S, H, head_dim]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope is not None:
+            q, k = self.rope(q, info), self.rope(k, info)
+        k, v = extend(cache, "k", k), extend(cache, "v", v)
+        key_info = info if cache is None else info.history(k.shape[1])
+        y = self.attention(q, k, v, info, key_info=key_info).flatten(2)
+        if self.gate_proj is not None:
+            y = y * self.gate_proj(x).sigmoid()
+        return self.out_proj(y)
+
+    def flops_per_token(self, context: float) -> float:
+        """Projections, then scores and values over the context."""
+        linears = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        return 2 * (linears + 2 * self.num_heads * self.head_dim * context)
+
+    def state_elements(self, context: int) -> int:
+        return context * 2 * self.num_kv_heads * self.head_dim

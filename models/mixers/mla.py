@@ -1,0 +1,86 @@
+"""Multi-head latent attention: keys and values of all heads from one low-rank latent.
+
+DeepSeek-V2, arXiv 2405.04434; without positions (rope_base null) as in Kimi Linear, arXiv
+2510.26692. B batch, S local seq, H heads.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from models.mixer import Cache, Mixer, extend
+from models.norm import RMSNorm
+from models.ops.select import Ops
+from models.rope import Rope
+from models.sequence import SequenceInfo
+
+
+class MultiHeadLatentAttention(Mixer):
+    """[B, S, d_model] -> the same; caches kv_rank + rope_dim values a token.
+
+    Each query and key has nope_dim channels of its own and rope_dim that all heads' keys share,
+    rotated where rope_base is given. q_rank compresses queries too; output_gate multiplies a
+    sigmoid gate on the heads' outputs, as in Kimi K3.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        ops: Ops,
+        num_heads: int,
+        kv_rank: int,
+        nope_dim: int,
+        rope_dim: int,
+        v_dim: int,
+        q_rank: int | None = None,
+        rope_base: float | None = None,
+        output_gate: bool = False,
+        norm_eps: float = 1e-6,  # of the latent norms; the released models differ here from 1e-5
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.kv_rank = num_heads, kv_rank
+        self.nope_dim, self.rope_dim, self.v_dim = nope_dim, rope_dim, v_dim
+        q_width = num_heads * (nope_dim + rope_dim)
+        if q_rank is None:
+            self.q_proj = nn.Linear(d_model, q_width, bias=False)
+        else:
+            self.q_down = nn.Linear(d_model, q_rank, bias=False)
+            self.q_norm = RMSNorm(q_rank, eps=norm_eps)
+            self.q_up = nn.Linear(q_rank, q_width, bias=False)
+        self.q_rank = q_rank
+        self.kv_down = nn.Linear(d_model, kv_rank + rope_dim, bias=False)
+        self.kv_norm = RMSNorm(kv_rank, eps=norm_eps)
+        self.kv_up = nn.Linear(kv_rank, num_heads * (nope_dim + v_dim), bias=False)
+        self.out_proj = nn.Linear(num_heads * v_dim, d_model, bias=False)
+        self.gate_proj = nn.Linear(d_model, num_heads * v_dim, bias=False) if output_gate else None
+        self.rope = None if rope_base is None else Rope(rope_dim, base=rope_base)
+        self.attention = ops.latent()
+
+    def forward(self, x: Tensor, info: SequenceInfo, cache: Cache | None = None) -> Tensor:
+        q = self._query(x).unflatten(-1, (self.num_heads, self.nope_dim + self.rope_dim))
+        latent, shared_key = self.kv_down(x).split([self.kv_rank, self.rope_dim], dim=-1)
+        latent = self.kv_norm(latent)
+        if self.rope is not None:
+            nope, rotated = q.split([self.nope_dim, self.rope_dim], dim=-1)
+            q = torch.cat([nope, self.rope(rotated, info)], dim=-1)
+            shared_key = self.rope(shared_key.unsqueeze(2), info).squeeze(2)
+        latent = extend(cache, "latent", latent)
+        shared_key = extend(cache, "shared_key", shared_key)
+        up = self.kv_up.weight.unflatten(0, (self.num_heads, self.nope_dim + self.v_dim))
+        key_info = info if cache is None else info.history(latent.shape[1])
+        y = self.attention(q, latent, shared_key, up, info, key_info=key_info).flatten(2)
+        if self.gate_proj is not None:
+            y = y * self.gate_proj(x).sigmoid()
+        return self.out_proj(y)
+
+    def _query(self, x: Tensor) -> Tensor:
+        return self.q_proj(x) if self.q_rank is None else self.q_up(self.q_norm(self.q_down(x)))
+
+    def flops_per_token(self, context: float) -> float:
+        """Projections (the latent is expanded once), then scores and values over the context."""
+        linears = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        per_key = self.num_heads * (self.nope_dim + self.rope_dim + self.v_dim)
+        return 2 * (linears + per_key * context)
+
+    def state_elements(self, context: int) -> int:
+        return context * (self.kv_rank + self.rope_dim)

@@ -1,0 +1,131 @@
+"""Mixture of experts with a sigmoid router and auxiliary-loss-free balancing.
+
+Routing as in DeepSeek-V3 (arXiv 2412.19437) and Kimi Linear (arXiv 2510.26692): experts are chosen
+by score plus a correction bias and weighted by the bare score; the bias is not trained but moved
+after each optimiser step towards equal load. No token is dropped.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.ffn import SwiGLU
+from models.ops.select import Ops
+from models.precision import full_precision, widen
+from models.sequence import SequenceInfo
+
+
+class _CountInBackward(torch.autograd.Function):
+    """The identity on the weights; its backward adds the choices to the load counts.
+
+    A backward runs once per micro-batch, also when activation checkpointing runs the forward
+    twice, and never in evaluation: just when a choice is to be counted.
+    """
+
+    @staticmethod
+    def forward(ctx, weights: Tensor, indices: Tensor, valid: Tensor, counts: Tensor) -> Tensor:
+        ctx.save_for_backward(indices, valid)
+        ctx.counts = counts
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        indices, valid = ctx.saved_tensors
+        ones = valid.unsqueeze(-1).expand_as(indices).to(ctx.counts.dtype)
+        ctx.counts.scatter_add_(0, indices.flatten(), ones.flatten())
+        return grad, None, None, None
+
+
+class Router(nn.Module):
+    """[tokens, d_model] -> weights and indices of the chosen experts, [tokens, top_k], in fp32.
+
+    `bias` corrects the choice only; `counts` is the load since it was last taken.
+    """
+
+    bias: Tensor
+    counts: Tensor
+
+    def __init__(self, d_model: int, *, num_experts: int, top_k: int, scaling: float) -> None:
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"moe.top_k is {top_k}; it must be 1 to num_experts = {num_experts}")
+        self.top_k, self.scaling = top_k, scaling
+        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+        self.register_buffer("bias", torch.zeros(num_experts))
+        self.register_buffer("counts", torch.zeros(num_experts, dtype=torch.int64), False)
+
+    def reset_parameters(self, std: float) -> None:
+        nn.init.normal_(self.weight, std=std)
+        self.bias.zero_()
+        self.counts.zero_()
+
+    def forward(self, x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        with full_precision(x):
+            scores = F.linear(widen(x), widen(self.weight)).sigmoid()
+            indices = (scores.detach() + self.bias).topk(self.top_k, dim=-1).indices
+            weights = scores.gather(-1, indices)
+            # 1e-20 as in the released model: without it, scores that all underflow give NaN.
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.scaling
+        return _CountInBackward.apply(weights, indices, valid, self.counts), indices
+
+    @torch.no_grad()
+    def update_bias(self, counts: Tensor, rate: float) -> None:
+        """Moves the bias by `rate` towards equal load; counts are those of the whole step."""
+        load = counts.to(self.bias.dtype)
+        self.bias += rate * torch.sign(load.mean() - load)
+
+
+class Experts(nn.Module):
+    """The weights of all experts, stacked: gate_up [experts, 2 hidden, d_model], gate rows first;
+    down [experts, d_model, hidden]."""
+
+    def __init__(self, d_model: int, *, num_experts: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * hidden, d_model))
+        self.down = nn.Parameter(torch.empty(num_experts, d_model, hidden))
+
+    def reset_parameters(self, std: float) -> None:
+        nn.init.normal_(self.gate_up, std=std)
+        nn.init.normal_(self.down, std=std)
+
+
+class MoE(nn.Module):
+    """Routed experts plus a shared one that every token passes; hidden sizes per expert."""
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        ops: Ops,
+        num_experts: int,
+        top_k: int,
+        hidden: int,
+        shared_hidden: int = 0,
+        routed_scaling: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.router = Router(
+            d_model, num_experts=num_experts, top_k=top_k, scaling=routed_scaling
+        )
+        self.experts = Experts(d_model, num_experts=num_experts, hidden=hidden)
+        self.shared = SwiGLU(d_model, hidden=shared_hidden) if shared_hidden else None
+        self.grouped = ops.experts()
+
+    def forward(self, x: Tensor, info: SequenceInfo) -> Tensor:
+        tokens = x.flatten(0, 1)
+        weights, indices = self.router(tokens, info.valid.flatten())
+        mixed = self.grouped(tokens, weights, indices, self.experts.gate_up, self.experts.down)
+        mixed = mixed.view_as(x)
+        return mixed if self.shared is None else mixed + self.shared(x)
+
+    def flops_per_token(self) -> float:
+        shared = 0 if self.shared is None else self.shared.flops_per_token()
+        return 2 * (self.router.weight.numel() + self._per_expert * self.router.top_k) + shared
+
+    def idle_parameters(self) -> int:
+        """Parameters that one token does not use."""
+        return self._per_expert * (self.router.weight.shape[0] - self.router.top_k)
+
+    @property
+    def _per_expert(self) -> int:
+        return self.experts.gate_up[0].numel() + self.experts.down[0].numel()

@@ -1,0 +1,14 @@
+"""Numbers that are never narrower than fp32: gates, decays, routing, states, norms' statistics."""
+
+import torch
+from torch import Tensor
+
+
+def widen(x: Tensor) -> Tensor:
+    """`x` in fp32, or as it is when it is fp64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """A context without autocast on the device of `x`: what an fp32 submodule computes in."""
+    return torch.autocast(x.device.type, enabled=False)
