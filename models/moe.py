@@ -104,9 +104,7 @@ class MoE(nn.Module):
         routed_scaling: float = 1.0,
     ) -> None:
         super().__init__()
-        self.router = Router(
-            d_model, num_experts=num_experts, top_k=top_k, scaling=routed_scaling
-        )
+        self.router = Router(d_model, num_experts=num_experts, top_k=top_k, scaling=routed_scaling)
         self.experts = Experts(d_model, num_experts=num_experts, hidden=hidden)
         self.shared = SwiGLU(d_model, hidden=shared_hidden) if shared_hidden else None
         self.grouped = ops.experts()

@@ -12,3 +12,12 @@ def widen(x: Tensor) -> Tensor:
 def full_precision(x: Tensor) -> torch.autocast:
     """A context without autocast on the device of `x`: what an fp32 submodule computes in."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Inside autocast the tensors in its dtype, as a linear layer would take them; fp64 stays."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)

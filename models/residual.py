@@ -24,7 +24,7 @@ class SumResidual(nn.Module):
 
 
 class AttentionResidual(nn.Module):
-    """Reads a softmax mix of the sums of all earlier blocks; the sources are (embedding, blocks...).
+    """Reads a softmax mix of the stream, which holds the embedding and the sum of each block.
 
     The key of a source is its RMSNorm, the query a learned vector, zero at the start: an even mix.
     There is no 1/sqrt(d) scale. The first sub-layer of a block opens a new sum, the others add to

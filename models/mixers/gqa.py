@@ -3,7 +3,6 @@
 B batch, S local seq, H heads.
 """
 
-import torch
 from torch import Tensor, nn
 
 from models.mixer import Cache, Mixer, extend

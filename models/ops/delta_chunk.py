@@ -1,0 +1,171 @@
+"""The delta rule over one segment of chunks, and its adjoint.
+
+Notation of Kimi Linear (arXiv 2510.26692, section 3) with beta folded in. Per chunk, with P the
+decay from its start and R the decay to its end:
+
+    T = (I + Diag(beta) A_kk)^-1,   U = T (beta V),   W = T (beta K P)
+    V' = U - W S,   O = (Q P) S + A_qk V',   S_next = M S + B,
+    M = Diag(P_last) - (K R)^T W,   B = (K R)^T U
+
+so chunks are chained by affine maps of the state, and so is the backward, by their transposes:
+dS = M^T dS_next + (Q P)^T dO - W^T A_qk^T dO. A document start inside a chunk cuts the scores
+across it and empties P after it, R before it, and P_last.
+
+Shapes: n chunks of the segment first, then batch x heads, C tokens, K and V channels.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.ops.dyadic import DyadicScores
+
+
+class Inputs(NamedTuple):
+    """A segment as [n x batch x heads, C, ...]; beta [n x batch x heads, C, 1]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor
+    beta: Tensor
+
+
+def cut(x: Tensor, chunk: int) -> Tensor:
+    """[batch, seq, heads(, dim)] -> [n x batch x heads, chunk, dim].
+
+    A short tail gets zeros, which neither read nor write nor decay a state.
+    """
+    if x.dim() == 3:
+        x = x.unsqueeze(-1)
+    batch, seq, heads, dim = x.shape
+    x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -seq % chunk))
+    x = x.view(batch, -1, chunk, heads, dim).permute(1, 0, 3, 2, 4)
+    return x.reshape(-1, chunk, dim)
+
+
+def join(x: Tensor, batch: int, heads: int, seq: int) -> Tensor:
+    """The inverse of cutting: [n x batch x heads, C, dim] -> [batch, seq, heads, dim]."""
+    x = x.unflatten(0, (-1, batch, heads)).permute(1, 0, 3, 2, 4)
+    return x.flatten(1, 2)[:, :seq]
+
+
+class _Documents(NamedTuple):
+    """Where documents start inside the chunks of a segment; masks broadcast over K or C."""
+
+    same: Tensor  # [X, C, C], both tokens are of one document
+    from_start: Tensor  # [X, C, 1], no start up to this token
+    to_end: Tensor  # [X, C, 1], no start after this token
+
+    @classmethod
+    def find(cls, starts: Tensor, heads: int, chunk: int) -> "_Documents | None":
+        """None where no document of the segment starts; starts [batch, seq] bool."""
+        if not starts.any():
+            return None
+        document = cut(starts[:, :, None].expand(-1, -1, heads).long(), chunk).cumsum(1)
+        return cls(document == document.mT, document == 0, document == document[:, -1:])
+
+
+class Segment:
+    """Everything that the forward of one segment derives from its inputs alone."""
+
+    def __init__(self, inputs: Inputs, starts: Tensor, heads: int) -> None:
+        q, k, v, log_decay, beta = inputs
+        self.inputs = inputs
+        self.documents = _Documents.find(starts, heads, q.shape[1])
+        self.scores = scores = DyadicScores(q, k, log_decay)
+        self.kk = scores.kk * beta
+        self.qk = scores.qk
+        self.qk.diagonal(dim1=1, dim2=2).copy_((q * k).sum(-1))
+        prefix, suffix = scores.prefix, scores.suffix
+        self.through = prefix[:, -1]  # decay of a whole chunk, [X, K]
+        if self.documents is not None:
+            same, from_start, to_end = self.documents
+            self.kk *= same
+            self.qk *= same
+            prefix, suffix = prefix * from_start, suffix * to_end
+            self.through = prefix[:, -1]
+        self.prefix, self.suffix = prefix, suffix
+        self.q_in, self.k_in, self.k_out = q * prefix, k * prefix, k * suffix
+
+        eye = torch.eye(q.shape[1], dtype=q.dtype, device=q.device)
+        self.inverse = torch.linalg.solve_triangular(
+            self.kk, eye.expand_as(self.kk), upper=False, unitriangular=True
+        )
+        self.u, self.w = self.inverse @ (beta * v), self.inverse @ (beta * self.k_in)
+        # [X, K, K] and [X, K, V]: the state that leaves is transition @ state + update.
+        self.transition = (self.k_out.mT @ self.w).neg_()
+        self.transition.diagonal(dim1=1, dim2=2).add_(self.through)
+        self.update = self.k_out.mT @ self.u
+
+    def states(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The state [batch x heads, K, V] before each chunk, [X, K, V], and after the last."""
+        size = (-1, state.shape[0])
+        transitions, updates = self.transition.unflatten(0, size), self.update.unflatten(0, size)
+        before = []
+        for transition, update in zip(transitions.unbind(0), updates.unbind(0), strict=True):
+            before.append(state)
+            state = torch.baddbmm(update, transition, state)
+        return torch.cat(before), state
+
+    def output(self, states: Tensor) -> Tensor:
+        """[X, C, V]."""
+        written = torch.baddbmm(self.u, self.w, states, alpha=-1)
+        return torch.baddbmm(self.q_in @ states, self.qk, written)
+
+    def backward(
+        self, states: Tensor, grad_output: Tensor, grad_state: Tensor
+    ) -> tuple[Inputs, Tensor]:
+        """Gradients of the inputs and of the state that entered, from those of the output
+        [X, C, V] and of the state that left [batch x heads, K, V]."""
+        q, k, v, _, beta = self.inputs
+        written = torch.baddbmm(self.u, self.w, states, alpha=-1)
+        grad_written = self.qk.mT @ grad_output
+        grad_after, grad_state = self._states_backward(grad_output, grad_written, grad_state)
+        grad_written.baddbmm_(self.k_out, grad_after)
+
+        # Through U and W, that is through the triangular system they solve.
+        grad_w = torch.bmm(grad_written, states.mT).neg_()
+        from_u, from_w = self.inverse.mT @ grad_written, self.inverse.mT @ grad_w
+        grad_kk = torch.baddbmm(from_u @ self.u.mT, from_w, self.w.mT).neg_()
+        grad_beta = (from_u * v).sum(-1) + (from_w * self.k_in).sum(-1)
+        grad_beta += (
+            (grad_kk * self.scores.kk).sum(-1)
+            if self.documents is None
+            else (grad_kk * self.scores.kk * self.documents.same).sum(-1)
+        )
+        grad_qk = grad_output @ written.mT
+        if self.documents is not None:
+            grad_qk *= self.documents.same
+            grad_kk *= self.documents.same
+
+        grad_q_in, grad_k_in = grad_output @ states.mT, beta * from_w
+        grad_k_out = written @ grad_after.mT
+        grad_log_prefix = (grad_q_in * self.q_in).addcmul_(grad_k_in, self.k_in)
+        grad_log_prefix[:, -1] += self.through * (states * grad_after).sum(-1)
+        grad_q, grad_k, grad_log_decay = self.scores.backward(
+            grad_qk, beta * grad_kk, grad_log_prefix, grad_k_out * self.k_out
+        )
+        diagonal = grad_qk.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+        grad_q.addcmul_(grad_q_in, self.prefix).addcmul_(diagonal, k)
+        grad_k.addcmul_(grad_k_in, self.prefix).addcmul_(diagonal, q)
+        grad_k.addcmul_(grad_k_out, self.suffix)
+        grads = Inputs(grad_q, grad_k, beta * from_u, grad_log_decay, grad_beta.unsqueeze(-1))
+        return grads, grad_state
+
+    def _states_backward(
+        self, grad_output: Tensor, grad_written: Tensor, grad_state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradient of the state after each chunk, [X, K, V], and of the one before the first."""
+        local = torch.baddbmm(
+            self.q_in.mT @ grad_output, self.w.mT, grad_written, alpha=-1
+        ).unflatten(0, (-1, grad_state.shape[0]))
+        transitions = self.transition.unflatten(0, (-1, grad_state.shape[0]))
+        after = []
+        for transition, grad in zip(
+            reversed(transitions.unbind(0)), reversed(local.unbind(0)), strict=True
+        ):
+            after.append(grad_state)
+            grad_state = torch.baddbmm(grad, transition.mT, grad_state)
+        return torch.cat(after[::-1]), grad_state

@@ -1,0 +1,125 @@
+"""The gated delta rule with a decay per key channel: KDA, GDN (one decay per head), DeltaNet.
+
+    S_t = (I - beta_t k_t k_t^T) Diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T,    o_t = S_t^T q_t
+
+Kimi Linear, arXiv 2510.26692; WY form of the chunks as in Gated DeltaNet, arXiv 2412.06464.
+`TokenLoopDeltaRule` is the definition. `ChunkedDeltaRule` is its fast form in plain PyTorch.
+"""
+
+import torch
+from torch import Tensor
+
+from models.ops.delta_chunk import Inputs, Segment, cut, join
+from models.precision import full_precision, widen
+from models.sequence import LinearRecurrence, Recurrent, SequenceInfo
+
+
+class TokenLoopDeltaRule(LinearRecurrence):
+    """The definition, token by token, in fp32 or wider."""
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        beta: Tensor,
+        info: SequenceInfo,
+        *,
+        initial_state: Tensor | None = None,
+    ) -> Recurrent:
+        dtype = v.dtype
+        with full_precision(q):
+            q, k, v, decay, beta = widen(q), widen(k), widen(v), widen(log_decay).exp(), widen(beta)
+            state = _initial(initial_state, k, v)
+            outputs = []
+            for t in range(q.shape[1]):
+                keeps = (info.positions[:, t] > 0)[:, None, None, None]
+                state = torch.where(keeps, state, 0) * decay[:, t, :, :, None]
+                predicted = torch.einsum("bhkv,bhk->bhv", state, k[:, t])
+                error = beta[:, t, :, None] * (v[:, t] - predicted)
+                state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], error)
+                outputs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
+        return Recurrent(torch.stack(outputs, dim=1).to(dtype), state)
+
+
+class ChunkedDeltaRule(LinearRecurrence):
+    """Chunks of 64 tokens as matrix products, chained by one affine map per chunk.
+
+    The backward keeps the inputs and one state per segment, and computes the rest again, a segment
+    at a time: memory beside the inputs does not grow with the length, and a segment's tensors stay
+    in the processor's cache.
+    """
+
+    chunk = 64
+    segment = 16  # chunks
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        beta: Tensor,
+        info: SequenceInfo,
+        *,
+        initial_state: Tensor | None = None,
+    ) -> Recurrent:
+        dtype = v.dtype
+        with full_precision(q):
+            tensors = [widen(x) for x in (q, k, v, log_decay, beta)]
+            state = _initial(initial_state, tensors[1], tensors[2])
+            starts = info.positions == 0
+            output, state = _Chunked.apply(
+                *tensors, state, starts, self.chunk, self.segment * self.chunk
+            )
+        return Recurrent(output.to(dtype), state)
+
+
+def _initial(state: Tensor | None, k: Tensor, v: Tensor) -> Tensor:
+    if state is not None:
+        return state.to(k.dtype)
+    return k.new_zeros(k.shape[0], k.shape[2], k.shape[3], v.shape[3])
+
+
+class _Chunked(torch.autograd.Function):
+    """Segment after segment; the backward in reverse, each segment computed again."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, log_decay, beta, state, starts, chunk, segment):
+        inputs = (q, k, v, log_decay, beta)
+        batch, seq, heads, _ = q.shape
+        ctx.parts = [slice(i, min(i + segment, seq)) for i in range(0, seq, segment)]
+        ctx.chunk = chunk
+        entering, outputs = [], []
+        final = state.flatten(0, 1)
+        for part in ctx.parts:
+            work = _segment(inputs, starts, part, chunk)
+            entering.append(final)
+            states, final = work.states(final)
+            outputs.append(join(work.output(states), batch, heads, part.stop - part.start))
+        ctx.save_for_backward(*inputs, starts, *entering)
+        return torch.cat(outputs, dim=1), final.view_as(state)
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_state):
+        q, k, v, log_decay, beta, starts, *entering = ctx.saved_tensors
+        inputs = (q, k, v, log_decay, beta)
+        batch, _, heads, _ = q.shape
+        grads = [torch.empty_like(x) for x in inputs]
+        grad_final = grad_state.flatten(0, 1)
+        for part, state in zip(reversed(ctx.parts), reversed(entering), strict=True):
+            work = _segment(inputs, starts, part, ctx.chunk)
+            states, _ = work.states(state)
+            grad = cut(grad_output[:, part], ctx.chunk)
+            segment_grads, grad_final = work.backward(states, grad, grad_final)
+            for grad, piece in zip(grads, segment_grads, strict=True):
+                piece = join(piece, batch, heads, part.stop - part.start)
+                grad[:, part] = piece if grad.dim() == 4 else piece.squeeze(-1)
+        return *grads, grad_final.view_as(grad_state), None, None, None
+
+
+def _segment(inputs: tuple[Tensor, ...], starts: Tensor, part: slice, chunk: int) -> Segment:
+    return Segment(
+        Inputs(*(cut(x[:, part], chunk) for x in inputs)), starts[:, part], inputs[0].shape[2]
+    )

@@ -1,0 +1,138 @@
+"""The chunked delta rule against the token loop: outputs, states and every gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.ops.delta_rule import ChunkedDeltaRule, TokenLoopDeltaRule
+from models.ops.dyadic import DyadicScores
+from models.sequence import Fragment, SequenceInfo
+
+HEADS, KEY, VALUE = 3, 8, 5
+# Documents of the two rows: cuts inside chunks, on their edges, and of a single token.
+PACKINGS = [[[1], [1]], [[63], [63]], [[130], [65, 65]], [[3, 1, 60, 64, 72], [200]]]
+GATES = {
+    "forgetting": (-20.0, -15.0),
+    "mixed": (-20.0, 0.0),
+    "keeping": (-1e-3, 0.0),
+    "none": (0.0, 0.0),
+}
+
+
+def make_inputs(info: SequenceInfo, gate: str, dtype: torch.dtype) -> list[Tensor]:
+    """q, k, v, log_decay, beta, initial state; heads and documents differ."""
+    generator = torch.Generator().manual_seed(0)
+    batch, seq = info.shape
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    low, high = GATES[gate]
+    gates = torch.rand(batch, seq, HEADS, KEY, generator=generator, dtype=torch.float64)
+    gates = (low + (high - low) * gates**4) * torch.tensor([1.0, 0.3, 0.9])[:, None]
+    tensors = [
+        F.normalize(normal(batch, seq, HEADS, KEY), dim=-1) * KEY**-0.5,
+        F.normalize(normal(batch, seq, HEADS, KEY), dim=-1),
+        normal(batch, seq, HEADS, VALUE),
+        gates,
+        normal(batch, seq, HEADS).sigmoid(),
+        normal(batch, HEADS, KEY, VALUE),
+    ]
+    return [x.to(dtype).requires_grad_() for x in tensors]
+
+
+def run(op, inputs: list[Tensor], info: SequenceInfo) -> list[Tensor]:
+    *tokens, state = inputs
+    output, final = op(*tokens, info, initial_state=state)
+    generator = torch.Generator().manual_seed(1)
+    loss = sum(
+        (x * torch.randn(x.shape, generator=generator, dtype=torch.float64)).sum()
+        for x in (output, final)
+    )
+    return [output, final, *torch.autograd.grad(loss, inputs)]
+
+
+def continued(rows: list[list[int]]) -> SequenceInfo:
+    """The first row goes on inside a document, so it keeps the initial state; the other drops it."""
+    fragments = []
+    for row, first in zip(rows, (7, 0), strict=True):
+        index, tiled = first, []
+        for i, length in enumerate(row):
+            tiled.append(Fragment(length, index, first if i == 0 else 0))
+            index += length
+        fragments.append(tiled)
+    return SequenceInfo.from_fragments(fragments)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("rows", PACKINGS, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)], ids=["fp64", "fp32"]
+)
+def test_chunked_equals_token_loop(rows, gate, dtype, tolerance):
+    info = continued(rows)
+    inputs = make_inputs(info, gate, dtype)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    op = ChunkedDeltaRule()
+    op.segment = 2  # several segments in 200 tokens
+    names = ("output", "state", "dq", "dk", "dv", "dg", "dbeta", "dstate")
+    for name, got, want in zip(
+        names, run(op, inputs, info), run(TokenLoopDeltaRule(), wide, info), strict=True
+    ):
+        scale = want.abs().max().clamp(min=1e-30)
+        assert (got - want).abs().max() <= tolerance * scale, name
+
+
+def test_weak_decays_beside_strong_ones_keep_their_precision():
+    """A running sum of -1280 nats would round a decay of 1e-3 beside it to 1e-4."""
+    log_decay = torch.full((1, 64, 2), -40.0)
+    log_decay[:, 60:] = -1e-3
+    q = torch.ones(1, 64, 2)
+    scores = DyadicScores(q, q, log_decay)
+    exact = 2 * torch.exp(torch.tensor(-3e-3, dtype=torch.float64))
+    assert abs(scores.qk[0, 63, 60].double() - exact) <= 1e-6
+
+
+def test_decays_beyond_the_exponent_range_stay_finite():
+    info = SequenceInfo.from_lengths([[100]])
+    q, k, v, _, beta, state = (
+        x[:1].detach() for x in make_inputs(continued([[100], [100]]), "none", torch.float32)
+    )
+    log_decay = torch.full_like(k, -1e4).requires_grad_()
+    output, final = ChunkedDeltaRule()(q, k, v, log_decay, beta, info, initial_state=state)
+    (grad,) = torch.autograd.grad(output.sum() + final.sum(), log_decay)
+    assert output.isfinite().all()
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("op", [TokenLoopDeltaRule(), ChunkedDeltaRule()], ids=["loop", "chunked"])
+def test_segments_chained_equal_the_whole(op):
+    info = SequenceInfo.from_lengths([[150], [150]])
+    q, k, v, log_decay, beta, _ = make_inputs(info, "mixed", torch.float64)
+    whole = op(q, k, v, log_decay, beta, info)
+    outputs, state = [], None
+    for start, stop in ((0, 1), (1, 70), (70, 150)):
+        part = (x[:, start:stop] for x in (q, k, v, log_decay, beta))
+        result = op(*part, SequenceInfo.span(2, start, stop), initial_state=state)
+        outputs.append(result.output)
+        state = result.final_state
+    torch.testing.assert_close(torch.cat(outputs, 1), whole.output, rtol=0, atol=1e-13)
+    torch.testing.assert_close(state, whole.final_state, rtol=0, atol=1e-13)
+
+
+def test_summary_is_the_affine_map_of_the_state():
+    info = continued([[90], [90]])
+    q, k, v, log_decay, beta, state = make_inputs(info, "keeping", torch.float64)
+    transition, update = ChunkedDeltaRule().summary(k, v, log_decay, beta, info)
+    final = TokenLoopDeltaRule()(q, k, v, log_decay, beta, info, initial_state=state).final_state
+    torch.testing.assert_close(transition.apply(state) + update, final, rtol=0, atol=1e-13)
+    assert not transition.tensor[1].any()  # the second row starts a document: nothing passes
+
+
+def test_bfloat16_values_keep_an_fp32_state():
+    info = SequenceInfo.from_lengths([[70], [70]])
+    inputs = [x.detach().to(torch.bfloat16) for x in make_inputs(info, "keeping", torch.float32)]
+    output, final = ChunkedDeltaRule()(*inputs[:5], info)
+    assert output.dtype == torch.bfloat16
+    assert final.dtype == torch.float32
