@@ -54,7 +54,7 @@ def run(op, inputs: list[Tensor], info: SequenceInfo) -> list[Tensor]:
 
 
 def continued(rows: list[list[int]]) -> SequenceInfo:
-    """The first row goes on inside a document, so it keeps the initial state; the other drops it."""
+    """The first row goes on inside a document and keeps the initial state; the other drops it."""
     fragments = []
     for row, first in zip(rows, (7, 0), strict=True):
         index, tiled = first, []

@@ -1,0 +1,32 @@
+# `make train` and `make test` are all the set-up there is: both install what they need first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RANKS ?= 2
+
+.PHONY: install train test check clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+# The main job on the embedded default: Kimi Linear on the standard library's source.
+train: install
+	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) scripts/train.py \
+		model=kimi_linear data=stdlib data.seq_len=1024 data.batch_size=4 \
+		trainer.steps=80 run_dir=runs/first
+	$(BIN)/python scripts/generate.py checkpoint=runs/first prompt='def ' tokens=120
+
+test: install
+	$(BIN)/python -m pytest -q
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,117 @@
+"""Short depthwise causal convolution inside packed documents.
+
+y_t = sum_j w_j x_{t-j}, over the lags j at which token t-j is of the same document.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.ops.runs import grouped_rows, runs
+from models.precision import full_precision, widen
+from models.sequence import CausalConv, Fragment, SequenceInfo
+
+
+class ShiftedConv(CausalConv):
+    """The definition: one shift and one mask per tap, in fp32 or wider."""
+
+    def forward(
+        self, x: Tensor, weight: Tensor, info: SequenceInfo, *, history: Tensor | None = None
+    ) -> Tensor:
+        seq, reach = x.shape[1], weight.shape[1] - 1
+        tokens = widen(behind(history, x, reach))
+        before = info.index[:, :1] + torch.arange(-reach, 0, device=x.device)
+        index = torch.cat([before, info.index], dim=1)
+        output = torch.zeros_like(tokens[:, reach:])
+        for lag in range(reach + 1):
+            shifted = slice(reach - lag, reach - lag + seq)
+            seen = (index[:, shifted] == info.index - lag) & (info.positions >= lag)
+            tap = tokens[:, shifted].masked_fill(~seen.unsqueeze(-1), 0)
+            output = output + tap * widen(weight[:, reach - lag])
+        return output.to(x.dtype)
+
+
+class FragmentConv(CausalConv):
+    """The fast form: shifted multiply-adds in place, run by run, without masks.
+
+    Sums are fp32 or wider. At [4096, 768] with 4 taps on two cores it beats conv1d threefold and,
+    with its backward, a channels-last conv2d twofold (6 ms against 14).
+    """
+
+    # The runs change with every batch: nothing for a compiler to keep.
+    @torch.compiler.disable
+    def forward(
+        self, x: Tensor, weight: Tensor, info: SequenceInfo, *, history: Tensor | None = None
+    ) -> Tensor:
+        reach = weight.shape[1] - 1
+        known = 0 if history is None else reach
+        tokens = x if history is None else behind(history, x, reach)
+        plans = tuple(pieces(row, known) for row in info.fragments)
+        with full_precision(x):
+            return _PieceConv.apply(tokens, weight, plans, known)
+
+
+def behind(history: Tensor | None, x: Tensor, reach: int) -> Tensor:
+    """`x` behind its history, or behind `reach` tokens of zeros."""
+    if history is None:
+        history = x.new_zeros(x.shape[0], reach, x.shape[2])
+    return torch.cat([history.to(x.dtype), x], dim=1)
+
+
+class Piece(NamedTuple):
+    """Outputs start..stop of a row, which see its tokens first..stop."""
+
+    first: int
+    start: int
+    stop: int
+
+
+def pieces(row: tuple[Fragment, ...], known: int) -> tuple[Piece, ...]:
+    """The runs of a row behind `known` tokens of history, of which the first run may see some."""
+    found = []
+    for run in runs(row):
+        seen = min(known, run.position) if run.start == 0 else 0
+        start = run.start + known
+        found.append(Piece(start - seen, start, run.stop + known))
+    return tuple(found)
+
+
+class _PieceConv(torch.autograd.Function):
+    """tokens [batch, known + seq, channels] -> [batch, seq, channels]."""
+
+    @staticmethod
+    def forward(ctx, tokens, weight, plans, known):
+        ctx.save_for_backward(tokens, weight)
+        ctx.plans, ctx.known = plans, known
+        taps = widen(weight).flip(1).T.contiguous()  # [width, channels], lag 0 first
+        output = torch.empty_like(tokens[:, known:])
+        for rows, row in grouped_rows(plans):
+            for first, start, stop in row:
+                source = widen(tokens[rows, first:stop])
+                total = source[:, start - first :] * taps[0]
+                for lag in range(1, min(len(taps), stop - first)):
+                    skip = max(lag - (start - first), 0)  # outputs too early for this lag
+                    total[:, skip:].addcmul_(
+                        source[:, start - first + skip - lag : stop - first - lag], taps[lag]
+                    )
+                output[rows, start - known : stop - known] = total
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        tokens, weight = ctx.saved_tensors
+        taps = widen(weight).flip(1).T.contiguous()
+        grad_tokens, grad_taps = torch.zeros_like(tokens), torch.zeros_like(taps)
+        for rows, row in grouped_rows(ctx.plans):
+            for first, start, stop in row:
+                grad = widen(grad_output[rows, start - ctx.known : stop - ctx.known])
+                source = widen(tokens[rows, first:stop])
+                total = torch.zeros_like(source)
+                for lag in range(min(len(taps), stop - first)):
+                    skip = max(lag - (start - first), 0)
+                    seen = slice(start - first + skip - lag, stop - first - lag)
+                    total[:, seen].addcmul_(grad[:, skip:], taps[lag])
+                    grad_taps[lag] += (grad[:, skip:] * source[:, seen]).sum((0, 1))
+                grad_tokens[rows, first:stop] = total
+        return grad_tokens, grad_taps.T.flip(1).to(weight.dtype), None, None

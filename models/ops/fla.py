@@ -1,0 +1,102 @@
+"""Kernels of the package flash-linear-attention, for CUDA.
+
+They take one flat row of sequences, each with its own initial state.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.ops.conv import behind, pieces
+from models.ops.runs import runs
+from models.precision import full_precision
+from models.sequence import CausalConv, Fragment, LinearRecurrence, Recurrent, SequenceInfo
+
+Rows = tuple[tuple[Fragment, ...], ...]
+
+
+class Sequences(NamedTuple):
+    """The sequences of a flattened batch: a new one at a row's and at a document's start."""
+
+    bounds: Tensor  # [sequences + 1] int64
+    first: Tensor  # [batch] int64, each row's first sequence
+    last: Tensor  # [batch] int64
+
+
+@lru_cache(maxsize=64)
+def sequences(rows: Rows, device: torch.device) -> Sequences:
+    bounds, first, last = [0], [], []
+    for row in rows:
+        start, found = bounds[-1], runs(row)
+        first.append(len(bounds) - 1)
+        bounds += [start + run.start for run in found if run.position == 0 and run.start > 0]
+        bounds.append(start + found[-1].stop)
+        last.append(len(bounds) - 2)
+    return Sequences(*(torch.tensor(x, device=device) for x in (bounds, first, last)))
+
+
+class FlaDeltaRule(LinearRecurrence):
+    """`chunk_kda`; matrix products in the dtype of v, gates and states in fp32."""
+
+    @torch.compiler.disable
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        beta: Tensor,
+        info: SequenceInfo,
+        *,
+        initial_state: Tensor | None = None,
+    ) -> Recurrent:
+        from fla.ops.kda import chunk_kda
+
+        packed = sequences(info.fragments, q.device)
+        states = None
+        if initial_state is not None:
+            keeps = (info.positions[:, 0] > 0)[:, None, None, None]
+            entering = torch.where(keeps, initial_state.float(), 0)
+            states = entering.new_zeros(len(packed.bounds) - 1, *entering.shape[1:])
+            states = states.index_copy(0, packed.first, entering)
+        tensors = q.to(v.dtype), k.to(v.dtype), v, log_decay.float(), beta.float()
+        with full_precision(q):
+            output, final = chunk_kda(
+                *(x.flatten(0, 1).unsqueeze(0) for x in tensors),
+                scale=1.0,
+                initial_state=states,
+                output_final_state=True,
+                cu_seqlens=packed.bounds,
+            )
+        return Recurrent(output.view_as(v), final[packed.last])
+
+
+class FlaConv(CausalConv):
+    """`causal_conv1d`; a history joins its row as a part of the first sequence."""
+
+    @torch.compiler.disable
+    def forward(
+        self, x: Tensor, weight: Tensor, info: SequenceInfo, *, history: Tensor | None = None
+    ) -> Tensor:
+        from fla.modules.causal_conv1d import causal_conv1d
+
+        known = 0 if history is None else weight.shape[1] - 1
+        tokens = x if history is None else behind(history, x, known)
+        bounds = _conv_bounds(info.fragments, known, x.device)
+        with full_precision(x):
+            flat = tokens.flatten(0, 1).unsqueeze(0)
+            output, _ = causal_conv1d(flat, weight.to(x.dtype), cu_seqlens=bounds)
+        return output.view_as(tokens)[:, known:]
+
+
+@lru_cache(maxsize=64)
+def _conv_bounds(rows: Rows, known: int, device: torch.device) -> Tensor:
+    """Starts of what each run sees; history that none sees is a sequence of its own."""
+    starts: list[int] = []
+    for i, row in enumerate(rows):
+        found = pieces(row, known)
+        seq = found[-1].stop
+        starts += sorted({i * seq, *(i * seq + piece.first for piece in found)})
+    return torch.tensor([*starts, len(rows) * seq], device=device)

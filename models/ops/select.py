@@ -1,0 +1,109 @@
+"""Operations by name: `ops.softmax=flash` and the like, resolved once, never falling back."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from models.ops.conv import FragmentConv, ShiftedConv
+from models.ops.delta_rule import ChunkedDeltaRule, TokenLoopDeltaRule
+from models.ops.experts import GroupedExperts, GroupedMatmulExperts, LoopExperts
+from models.ops.fla import FlaConv, FlaDeltaRule
+from models.ops.flash import AtenVarlenSoftmax, FlashSoftmax
+from models.ops.latent import MaterialisedLatent
+from models.ops.softmax import AtenSoftmax, EinsumSoftmax
+from models.sequence import CausalConv, LatentAttention, LinearRecurrence, SoftmaxAttention
+
+
+DISTRIBUTIONS = {"flash_attn": "flash-attn", "fla": "flash-linear-attention"}  # by import name
+
+
+class Choice(NamedTuple):
+    op: str
+    name: str
+    build: Callable[[], Any]
+    device: str | None = None  # None: any
+    package: str | None = None  # import name
+
+    def missing(self, device: str) -> str | None:
+        """What keeps this from running on `device`."""
+        if self.device not in (None, device):
+            return f"runs on {self.device} and the device is {device}"
+        if self.package is not None and find_spec(self.package) is None:
+            return f"needs the package {DISTRIBUTIONS[self.package]}, which is not installed"
+        return None
+
+
+# In order of preference: "auto" is the first that can run.
+CHOICES = (
+    Choice("softmax", "flash", FlashSoftmax, "cuda", "flash_attn"),
+    Choice("softmax", "aten", AtenVarlenSoftmax, "cuda"),
+    Choice("softmax", "aten", AtenSoftmax, "cpu"),
+    Choice("softmax", "reference", EinsumSoftmax),
+    Choice("delta_rule", "fla", FlaDeltaRule, "cuda", "fla"),
+    Choice("delta_rule", "chunked", ChunkedDeltaRule),
+    Choice("delta_rule", "reference", TokenLoopDeltaRule),
+    Choice("conv", "fla", FlaConv, "cuda", "fla"),
+    Choice("conv", "fused", FragmentConv),
+    Choice("conv", "reference", ShiftedConv),
+    Choice("experts", "grouped", GroupedMatmulExperts, "cuda"),
+    Choice("experts", "grouped", GroupedExperts, "cpu"),
+    Choice("experts", "reference", LoopExperts),
+)
+
+
+class Ops:
+    """Which implementation of each operation to use on a device.
+
+    "auto" is the fastest that can run there, "reference" always the definition. Names are
+    resolved here, once. Raises ValueError for a name that does not exist or cannot run.
+    """
+
+    def __init__(
+        self,
+        *,
+        softmax: str = "auto",
+        delta_rule: str = "auto",
+        conv: str = "auto",
+        experts: str = "auto",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        device = torch.device(device).type
+        asked = {"softmax": softmax, "delta_rule": delta_rule, "conv": conv, "experts": experts}
+        self._chosen = {op: _choose(op, name, device) for op, name in asked.items()}
+
+    def softmax(self) -> SoftmaxAttention:
+        return self._chosen["softmax"].build()
+
+    def latent(self) -> LatentAttention:
+        return MaterialisedLatent(self.softmax())
+
+    def delta_rule(self) -> LinearRecurrence:
+        return self._chosen["delta_rule"].build()
+
+    def conv(self) -> CausalConv:
+        return self._chosen["conv"].build()
+
+    def experts(self) -> nn.Module:
+        """Called with the arguments that `models.ops.experts` describes."""
+        return self._chosen["experts"].build()
+
+    def describe(self) -> str:
+        """One line for the log."""
+        return " ".join(f"{op}={choice.name}" for op, choice in self._chosen.items())
+
+
+def _choose(op: str, name: str, device: str) -> Choice:
+    choices = [choice for choice in CHOICES if choice.op == op]
+    possible = [choice for choice in choices if choice.missing(device) is None]
+    allowed = ", ".join(["auto", *(choice.name for choice in possible)])
+    if name == "auto":
+        return possible[0]
+    for choice in possible:
+        if choice.name == name:
+            return choice
+    reasons = [choice.missing(device) for choice in choices if choice.name == name]
+    reason = reasons[0] if reasons else "does not exist"
+    raise ValueError(f"ops.{op}={name} {reason}; allowed here: {allowed}")

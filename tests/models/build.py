@@ -1,0 +1,48 @@
+"""Small models and mixers from the real configuration."""
+
+from typing import TypeVar
+
+import hydra
+import torch
+from torch import nn
+
+from models.hybrid import HybridLM
+from models.mixer import Mixer
+from models.ops.select import Ops
+from trainer.build import build_model, build_ops
+from trainer.construct import construct
+from trainer.main import CONF, plain, register_mixers
+
+MIXERS = sorted(path.stem for path in (CONF / "mixer").glob("*.yaml"))
+MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
+M = TypeVar("M", bound=nn.Module)
+REFERENCE = Ops(softmax="reference", delta_rule="reference", conv="reference", experts="reference")
+
+
+def compose(overrides: list[str]) -> dict:
+    """The resolved configuration of a command line."""
+    register_mixers()
+    with hydra.initialize_config_dir(str(CONF), version_base=None):
+        return plain(hydra.compose("train", overrides))
+
+
+def make_model(overrides: list[str], *, device: str = "meta") -> HybridLM:
+    """A model for the byte tokenizer, its parameters not initialised."""
+    config = compose(overrides)
+    ops = build_ops(config["ops"], "cpu")
+    return build_model(config["model"], config["mixer"], vocab_size=320, ops=ops, device=device)
+
+
+def make_mixer(name: str, ops: Ops | None = None, **keywords) -> Mixer:
+    """The mixer of conf/mixer/<name>.yaml for d_model 24, in fp64, random in every parameter."""
+    section = compose([])["mixer"][name] | keywords
+    return randomise(construct(section, f"mixer.{name}")(24, ops=ops or Ops()).double())
+
+
+def randomise(module: M) -> M:
+    """Draws all parameters, also those that start as ones or zeros and so would hide mistakes."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        parameter.data.copy_(noise * (0.5 if parameter.dim() < 2 else parameter.shape[-1] ** -0.5))
+    return module

@@ -1,0 +1,117 @@
+"""Laws that every mixer in conf/mixer keeps: a new file there is tested by existing."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.mixer import Mixer
+from models.sequence import SequenceInfo
+from tests.models.build import MIXERS, REFERENCE, make_mixer
+from trainer.errors import ConfigError
+
+PACKINGS = [[[90], [90]], [[1, 2, 61, 26], [64, 26]]]
+EXACT = {"rtol": 0, "atol": 1e-11}
+
+
+def make_input(batch: int, seq: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, seq, 24, generator=generator, dtype=torch.float64)
+
+
+def forward_backward(mixer: Mixer, x: Tensor, info: SequenceInfo) -> dict[str, Tensor]:
+    """Output and the gradients of the input and of every parameter."""
+    x = x.clone().requires_grad_()
+    output = mixer(x, info)
+    generator = torch.Generator().manual_seed(2)
+    grad = torch.randn(output.shape, generator=generator, dtype=output.dtype)
+    names = ["x", *(name for name, _ in mixer.named_parameters())]
+    grads = torch.autograd.grad(output, [x, *mixer.parameters()], grad)
+    return {"output": output, **dict(zip(names, grads, strict=True))}
+
+
+@pytest.mark.parametrize("rows", PACKINGS, ids=str)
+@pytest.mark.parametrize("name", MIXERS)
+def test_fast_ops_equal_the_definitions(name, rows):
+    x, info = make_input(2, 90), SequenceInfo.from_lengths(rows)
+    fast = forward_backward(make_mixer(name), x, info)
+    definition = forward_backward(make_mixer(name, REFERENCE), x, info)
+    torch.testing.assert_close(fast, definition, **EXACT)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_no_token_sees_the_future(name):
+    x, info = make_input(1, 90), SequenceInfo.from_lengths([[90]])
+    mixer = make_mixer(name)
+    changed = x.clone()
+    changed[:, 70:] += 1.0
+    before, after = mixer(x, info), mixer(changed, info)
+    torch.testing.assert_close(before[:, :70], after[:, :70], rtol=0, atol=1e-12)
+    assert (before[:, 70:] - after[:, 70:]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_packed_documents_equal_documents_alone(name):
+    lengths = [5, 1, 70, 14]
+    x = make_input(1, sum(lengths))
+    mixer = make_mixer(name)
+    packed = mixer(x, SequenceInfo.from_lengths([lengths]))
+    alone = [mixer(part, SequenceInfo.span(1, 0, part.shape[1])) for part in x.split(lengths, 1)]
+    torch.testing.assert_close(packed, torch.cat(alone, 1), **EXACT)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_decoding_equals_the_whole_and_caches_what_it_says(name):
+    x = make_input(2, 40)
+    mixer = make_mixer(name)
+    whole = mixer(x, SequenceInfo.span(2, 0, 40))
+    cache: dict[str, Tensor] = {}
+    outputs = [
+        mixer(x[:, start:stop], SequenceInfo.span(2, start, stop), cache)
+        for start, stop in [(0, 2), (2, 30), *((t, t + 1) for t in range(30, 40))]
+    ]
+    torch.testing.assert_close(torch.cat(outputs, 1), whole, **EXACT)
+    assert sum(x.numel() for x in cache.values()) == 2 * mixer.state_elements(40)
+
+
+@pytest.mark.parametrize(
+    ("name", "keywords"),
+    [
+        ("gqa", {"qk_norm": True, "output_gate": True, "rope_base": None}),
+        ("mla", {"rope_base": 10_000.0, "q_rank": 16, "output_gate": True}),
+        ("kda", {"gate_lower_bound": -5.0, "full_rank_gate": True}),
+    ],
+)
+def test_options_keep_the_laws_and_reach_every_parameter(name, keywords):
+    x, info = make_input(2, 90), SequenceInfo.from_lengths(PACKINGS[1])
+    fast = forward_backward(make_mixer(name, **keywords), x, info)
+    definition = forward_backward(make_mixer(name, REFERENCE, **keywords), x, info)
+    torch.testing.assert_close(fast, definition, **EXACT)
+    assert all(value.abs().max() > 0 for value in fast.values())
+
+
+@pytest.mark.parametrize("name", ["gqa", "mla"])
+def test_flops_are_those_of_the_matrix_products(name):
+    """The definition multiplies whole rows, so that every token sees the full context."""
+    mixer = make_mixer(name, REFERENCE)
+    with FlopCounterMode(display=False) as counter:
+        mixer(make_input(1, 32), SequenceInfo.span(1, 0, 32))
+    assert counter.get_total_flops() == 32 * mixer.flops_per_token(32)
+
+
+def test_bounded_gate_stays_above_its_bound_and_is_not_a_clamp():
+    gate = make_mixer("kda", gate_lower_bound=-5.0).decay.gate
+    logits = torch.linspace(-30, 30, 256, dtype=torch.float64).view(1, 1, 4, 64)
+    log_decay = gate(logits)
+    assert log_decay.min() >= -5.0
+    assert log_decay.max() <= 0.0
+    z = logits + gate.bias.view(4, 64)
+    expected = -5.0 / (1.0 + torch.exp(-gate.log_rate.exp()[:, None] * z))
+    torch.testing.assert_close(log_decay, expected)
+
+
+def test_wrong_sizes_are_named():
+    with pytest.raises(ConfigError, match="num_kv_heads is 3; it must divide num_heads = 4"):
+        make_mixer("gqa", num_kv_heads=3)
+    with pytest.raises(ConfigError, match="gate_lower_bound is 5"):
+        make_mixer("kda", gate_lower_bound=5.0)
