@@ -1,0 +1,40 @@
+"""Data: documents, tokenized once into a store, packed into rows by a plan, streamed by step."""
+
+from pathlib import Path
+
+from trainer.data.dataset import Data
+from trainer.data.source import build_source
+from trainer.data.store import open_store
+from trainer.data.stream import TrainStream
+from trainer.data.tokenizer import Tokenizer, build_tokenizer
+
+__all__ = ["Data", "Tokenizer", "TrainStream", "build_data", "build_tokenizer"]
+
+
+def build_data(
+    *,
+    source: str,
+    path: str | None,
+    tokenizer: str,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    eval_fraction: float,
+    overlong: str,
+    cache_dir: str,
+) -> Data:
+    """The keywords are the keys of conf/data; raises ConfigError naming the one that is wrong.
+
+    Tokenizes on first use and may be called by all ranks at once, without a process group.
+    """
+    chosen = build_tokenizer(tokenizer)
+    store = open_store(build_source(source, path), chosen, Path(cache_dir).expanduser())
+    return Data(
+        store=store,
+        tokenizer=chosen,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        seed=seed,
+        eval_fraction=eval_fraction,
+        overlong=overlong,
+    )
