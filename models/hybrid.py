@@ -5,15 +5,17 @@ by whoever needs logits: a loss in tiles, generation to the last token alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from models.ffn import FeedForward
 from models.mixer import Cache, Mixer
-from models.moe import MoE, Router
+from models.moe import Router
 from models.norm import RMSNorm
 from models.ops.select import Ops
-from models.residual import AttentionResidual, Stream, SumResidual
+from models.residual import AttentionResidual, Residual, Stream, SumResidual
 from models.sequence import SequenceInfo
 
 
@@ -25,8 +27,8 @@ class Layer(nn.Module):
         d_model: int,
         *,
         mixer: Mixer,
-        ffn: nn.Module,
-        residuals: tuple[nn.Module, nn.Module],
+        ffn: FeedForward,
+        residuals: tuple[Residual, Residual],
         norm_eps: float,
     ) -> None:
         super().__init__()
@@ -59,9 +61,9 @@ class HybridLM(nn.Module):
         num_layers: int,
         pattern: Sequence[str],
         mixers: Mapping[str, Callable[..., Mixer]],
-        ffn: Callable[..., nn.Module],
+        ffn: Callable[..., FeedForward],
         ops: Ops,
-        moe: Callable[..., MoE] | None = None,
+        moe: Callable[..., FeedForward] | None = None,
         dense_layers: int = 0,
         tie_embeddings: bool = False,
         norm_eps: float = 1e-5,
@@ -75,7 +77,7 @@ class HybridLM(nn.Module):
         self.pattern = [pattern[i % len(pattern)] for i in range(num_layers)]
         self.init_std = init_std
 
-        def residual(sublayer: int) -> nn.Module:
+        def residual(sublayer: int) -> Residual:
             if residual_block is None:
                 return SumResidual()
             opens = sublayer % residual_block == 0
@@ -122,7 +124,7 @@ class HybridLM(nn.Module):
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
             elif next(module.parameters(recurse=False), None) is not None:
-                module.reset_parameters(self.init_std)
+                cast(Any, module).reset_parameters(self.init_std)
 
     def routers(self) -> list[Router]:
         return [module for module in self.modules() if isinstance(module, Router)]
@@ -131,18 +133,22 @@ class HybridLM(nn.Module):
         """Forward FLOPs, head included, of a token that sees `context` tokens with itself."""
         per_layer = (
             layer.mixer.flops_per_token(context) + layer.ffn.flops_per_token()
-            for layer in self.layers
+            for layer in self._layers
         )
         return sum(per_layer) + 2 * self.head_weight.numel()
 
     def state_elements(self, context: int) -> int:
         """Elements remembered per sequence while decoding, after `context` tokens."""
-        return sum(layer.mixer.state_elements(context) for layer in self.layers)
+        return sum(layer.mixer.state_elements(context) for layer in self._layers)
 
     def active_parameters(self) -> int:
         """Parameters that one token uses."""
         total = sum(parameter.numel() for parameter in self.parameters())
-        return total - sum(layer.ffn.idle_parameters() for layer in self.layers)
+        return total - sum(layer.ffn.idle_parameters() for layer in self._layers)
+
+    @property
+    def _layers(self) -> list[Layer]:
+        return cast(list[Layer], list(self.layers))
 
 
 def _check_pattern(pattern: Sequence[str], mixers: Mapping[str, object], num_layers: int) -> None:

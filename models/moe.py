@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.ffn import SwiGLU
+from models.ffn import FeedForward, SwiGLU
 from models.ops.select import Ops
 from models.precision import full_precision, widen
 from models.sequence import SequenceInfo
@@ -89,7 +89,7 @@ class Experts(nn.Module):
         nn.init.normal_(self.down, std=std)
 
 
-class MoE(nn.Module):
+class MoE(FeedForward):
     """Routed experts plus a shared one that every token passes; hidden sizes per expert."""
 
     def __init__(
@@ -114,14 +114,13 @@ class MoE(nn.Module):
         weights, indices = self.router(tokens, info.valid.flatten())
         mixed = self.grouped(tokens, weights, indices, self.experts.gate_up, self.experts.down)
         mixed = mixed.view_as(x)
-        return mixed if self.shared is None else mixed + self.shared(x)
+        return mixed if self.shared is None else mixed + self.shared(x, info)
 
     def flops_per_token(self) -> float:
         shared = 0 if self.shared is None else self.shared.flops_per_token()
         return 2 * (self.router.weight.numel() + self._per_expert * self.router.top_k) + shared
 
     def idle_parameters(self) -> int:
-        """Parameters that one token does not use."""
         return self._per_expert * (self.router.weight.shape[0] - self.router.top_k)
 
     @property

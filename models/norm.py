@@ -1,7 +1,6 @@
 """Root-mean-square normalisation, arXiv 1910.07467."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.precision import full_precision, widen
@@ -17,14 +16,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with full_precision(x):
-            if x.is_cuda:  # one fused kernel, with fp32 sums
-                return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
             return _RMSNorm.apply(x, self.weight, self.eps)
 
 
 class _RMSNorm(torch.autograd.Function):
     """Keeps the input and one number per row. Forward and backward of [4096, 256] on two cores:
-    1.1 ms in fp32, where PyTorch's composite takes 7."""
+    1.0 ms in fp32 and 1.2 in bf16, where PyTorch's composite takes 1.7 and 2.4."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):

@@ -4,6 +4,8 @@ A stream is a tuple of tensors [batch, seq, d_model]. Each sub-layer (mixer and 
 count) reads its input from the stream and writes its output to it.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +15,17 @@ from models.precision import full_precision, widen
 Stream = tuple[Tensor, ...]
 
 
-class SumResidual(nn.Module):
+class Residual(nn.Module, ABC):
+    """What one sub-layer does with the stream."""
+
+    @abstractmethod
+    def read(self, stream: Stream) -> Tensor: ...
+
+    @abstractmethod
+    def write(self, stream: Stream, output: Tensor) -> Stream: ...
+
+
+class SumResidual(Residual):
     """One running sum: the plain pre-norm transformer."""
 
     def read(self, stream: Stream) -> Tensor:
@@ -23,7 +35,7 @@ class SumResidual(nn.Module):
         return (stream[0] + output,)
 
 
-class AttentionResidual(nn.Module):
+class AttentionResidual(Residual):
     """Reads a softmax mix of the stream, which holds the embedding and the sum of each block.
 
     The key of a source is its RMSNorm, the query a learned vector, zero at the start: an even mix.

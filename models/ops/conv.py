@@ -35,8 +35,8 @@ class ShiftedConv(CausalConv):
 class FragmentConv(CausalConv):
     """The fast form: shifted multiply-adds in place, run by run, without masks.
 
-    Sums are fp32 or wider. At [4096, 768] with 4 taps on two cores it beats conv1d threefold and,
-    with its backward, a channels-last conv2d twofold (6 ms against 14).
+    Sums are fp32 or wider. Forward and backward of [4096, 768] with 4 taps on two cores: 6 ms,
+    where a channels-last conv2d takes 14 and would leak between documents.
     """
 
     # The runs change with every batch: nothing for a compiler to keep.

@@ -86,11 +86,20 @@ class _GroupedExperts(torch.autograd.Function):
 
 
 class GroupedMatmulExperts(nn.Module):
-    """PyTorch's grouped matrix product, in fp32, bf16 or fp16; on CUDA the host never waits."""
+    """PyTorch's grouped matrix product, in fp32, bf16 or fp16; on CUDA the host never waits.
+
+    Raises ValueError for a d_model or hidden that is no multiple of 8, as its kernels ask.
+    """
 
     def forward(
         self, x: Tensor, weights: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor
     ) -> Tensor:
+        _, d_model, hidden = down.shape
+        if d_model % 8 or hidden % 8:
+            raise ValueError(
+                "ops.experts=grouped takes multiples of 8, "
+                f"got d_model {d_model} and hidden {hidden}; ops.experts=reference takes any"
+            )
         if not len(x):  # the kernel takes no empty matrices
             return x + 0 * (gate_up.sum() + down.sum() + weights.sum()).to(x.dtype)
         x, gate_up, down = autocast(x, gate_up, down)

@@ -16,7 +16,6 @@ from models.ops.latent import MaterialisedLatent
 from models.ops.softmax import AtenSoftmax, EinsumSoftmax
 from models.sequence import CausalConv, LatentAttention, LinearRecurrence, SoftmaxAttention
 
-
 DISTRIBUTIONS = {"flash_attn": "flash-attn", "fla": "flash-linear-attention"}  # by import name
 
 

@@ -27,7 +27,16 @@ class EinsumSoftmax(SoftmaxAttention):
 
     masks = frozenset({"window", "visibility"})
 
-    def forward(self, q, k, v, info, *, key_info=None, **kwargs) -> Tensor:
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        info: SequenceInfo,
+        *,
+        key_info: SequenceInfo | None = None,
+        **kwargs,
+    ) -> Tensor:
         return self.block(q, k, v, info, key_info or info, **kwargs)[0]
 
     def block(self, q, k, v, info, key_info, **kwargs) -> tuple[Tensor, Tensor]:
@@ -92,7 +101,17 @@ class BlockSoftmax(SoftmaxAttention):
 
     # The plans of an implementation change with every batch: nothing for a compiler to keep.
     @torch.compiler.disable
-    def forward(self, q, k, v, info, *, key_info=None, scale=None, **masks) -> Tensor:
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        info: SequenceInfo,
+        *,
+        key_info: SequenceInfo | None = None,
+        scale: float | None = None,
+        **masks,
+    ) -> Tensor:
         q, k, v = autocast(q, k, v)
         self.refuse(masks)
         return _Attention.apply(self, q, k, v, info, key_info or info, scale)

@@ -38,7 +38,7 @@ def test_mixture_equals_its_definition():
     weights = 2.5 * scores * mask / (scores * mask).sum(-1, keepdim=True)
     gate, up = torch.einsum("bsd,ehd->bseh", x, moe.experts.gate_up).chunk(2, -1)
     experts = torch.einsum("bseh,edh->bsed", F.silu(gate) * up, moe.experts.down)
-    expected = (weights.unsqueeze(-1) * experts).sum(2) + moe.shared(x)
+    expected = (weights.unsqueeze(-1) * experts).sum(2) + moe.shared(x, info)
     torch.testing.assert_close(moe(x, info), expected)
 
 

@@ -1,0 +1,63 @@
+"""Model configs as plain dicts, `model:` and `mixer:` as in conf/, read for a published format."""
+
+import inspect
+from typing import Any
+
+from models.mixer import Mixer
+
+Config = dict[str, Any]
+
+
+def target(mixer: type[Mixer]) -> str:
+    """The class as a config names it."""
+    return f"{mixer.__module__}.{mixer.__qualname__}"
+
+
+def layer_mixers(model: Config) -> list[str]:
+    """The mixer's name for every layer."""
+    pattern = model["pattern"]
+    return [pattern[i % len(pattern)] for i in range(model["num_layers"])]
+
+
+def shortest_pattern(layers: list[str]) -> list[str]:
+    """The shortest pattern that, repeated over the layers, gives them."""
+    for period in range(1, len(layers)):
+        if all(layer == layers[i % period] for i, layer in enumerate(layers)):
+            return layers[:period]
+    return layers
+
+
+def shared_keywords(
+    config: Config, mixer: type[Mixer], *, fixed: Config
+) -> tuple[set[str], Config]:
+    """The names that the layers use for mixers of this class, and the keywords these share.
+
+    Raises ValueError where two differ, or a keyword has another than its one `fixed` value.
+    """
+    used = dict.fromkeys(layer_mixers(config["model"]))
+    names = [name for name in used if config["mixer"][name]["_target_"] == target(mixer)]
+    parameters = inspect.signature(mixer).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    shared: Config = {}
+    for name in names:
+        given = {k: v for k, v in config["mixer"][name].items() if not k.startswith("_")}
+        settings = defaults | given
+        for keyword, allowed in fixed.items():
+            if settings[keyword] != allowed:
+                raise ValueError(
+                    f"mixer.{name}.{keyword} is {settings[keyword]}; "
+                    f"this model family has only {allowed}"
+                )
+        if shared and settings != shared:
+            raise ValueError(
+                f"mixer.{names[0]} and mixer.{name} differ; this model family has one size of each"
+            )
+        shared = settings
+    return set(names), shared
+
+
+def field(config: Config, name: str) -> Any:
+    """Raises ValueError if a config.json lacks the field."""
+    if name not in config:
+        raise ValueError(f"config.json: {name} is missing")
+    return config[name]

@@ -1,0 +1,352 @@
+"""Kimi Linear in the form Hugging Face has it: names, shapes and config.json.
+
+arXiv 2510.26692; the released model is moonshotai/Kimi-Linear-48B-A3B. Dense feed-forward layers
+are `mlp.*` there and `block_sparse_moe.*` in what transformers saves; both are read, the former
+is written.
+"""
+
+import re
+
+from models.checkpoints.config import (
+    Config,
+    field,
+    layer_mixers,
+    shared_keywords,
+    shortest_pattern,
+    target,
+)
+from models.checkpoints.table import Entry, KeyTable, Part, rows, same
+from models.mixers.kda import KimiDeltaAttention
+from models.mixers.mla import MultiHeadLatentAttention
+
+# Our keyword -> field of config.json.
+MODEL_FIELDS = {
+    "vocab_size": "vocab_size",
+    "d_model": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "norm_eps": "rms_norm_eps",
+    "init_std": "initializer_range",
+}
+KDA_FIELDS = {  # of linear_attn_config
+    "num_heads": "num_heads",
+    "head_dim": "head_dim",
+    "conv_width": "short_conv_kernel_size",
+}
+KDA_OUTSIDE = {
+    "num_heads": "linear_num_heads",
+    "head_dim": "linear_head_dim",
+    "short_conv_kernel_size": "linear_conv_kernel_dim",
+}
+MLA_FIELDS = {
+    "num_heads": "num_attention_heads",
+    "kv_rank": "kv_lora_rank",
+    "nope_dim": "qk_nope_head_dim",
+    "rope_dim": "qk_rope_head_dim",
+    "v_dim": "v_head_dim",
+    "q_rank": "q_lora_rank",
+}
+MOE_FIELDS = {
+    "num_experts": "num_experts",
+    "top_k": "num_experts_per_token",
+    "hidden": "moe_intermediate_size",
+    "routed_scaling": "routed_scaling_factor",
+}
+TOKEN_FIELDS = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "pad_token_id"}
+
+# What transformers calls fields of the released config.json.
+RENAMED = {
+    "num_local_experts": "num_experts",
+    "num_experts_per_tok": "num_experts_per_token",
+    "n_shared_experts": "num_shared_experts",
+    "norm_topk_prob": "moe_renormalize",
+    "n_group": "num_expert_group",
+}
+# The one value that HybridLM computes; written, and demanded where it stands.
+FIXED: Config = {
+    "hidden_act": "silu",
+    "mla_use_nope": True,
+    "moe_layer_freq": 1,
+    "moe_renormalize": True,
+    "moe_router_activation_func": "sigmoid",
+    "num_expert_group": 1,
+    "num_nextn_predict_layers": 0,
+    "tie_word_embeddings": False,  # transformers has the field and never ties
+    "topk_group": 1,
+}
+# Fields of relatives under the same model_type, Kimi K3 among them.
+ABSENT: Config = {
+    "attention_bias": False,
+    "attention_dropout": 0,
+    "attn_res_block_size": None,
+    "gate_lower_bound": None,
+    "mla_use_output_gate": False,
+    "routed_expert_hidden_size": None,
+}
+MODEL_FIXED: Config = {"tie_embeddings": False, "residual_block": None}
+KDA_FIXED: Config = {"gate_lower_bound": None, "full_rank_gate": False}
+MLA_FIXED: Config = {"rope_base": None, "output_gate": False, "norm_eps": 1e-6}
+
+_DENSE = re.compile(r"\.block_sparse_moe\.((?:gate|up|down)_proj)\.")
+
+
+def canonical_name(name: str) -> str:
+    """The released name of a tensor that was found under `name`."""
+    return _DENSE.sub(r".mlp.\1.", name)
+
+
+def key_table(config: Config) -> KeyTable:
+    """Our tensors and where the published ones lie in them.
+
+    Raises ValueError for a model that this family cannot hold.
+    """
+    model = config["model"]
+    kinds, kda, mla = _mixers(config)
+    d_model, vocab = model["d_model"], model["vocab_size"]
+    table = {
+        "embed.weight": same("model.embed_tokens.weight", (vocab, d_model)),
+        "norm.weight": same("model.norm.weight", (d_model,)),
+        "head.weight": same("lm_head.weight", (vocab, d_model)),
+    }
+    for i, kind in enumerate(kinds):
+        theirs = f"model.layers.{i}"
+        attention = f"{theirs}.self_attn"
+        layer = {
+            "mixer_norm.weight": same(f"{theirs}.input_layernorm.weight", (d_model,)),
+            "ffn_norm.weight": same(f"{theirs}.post_attention_layernorm.weight", (d_model,)),
+            **(_kda(attention, d_model, kda) if kind == "kda" else _mla(attention, d_model, mla)),
+        }
+        if i < _dense_layers(model):
+            layer |= _swiglu("ffn", f"{theirs}.mlp", d_model, model["ffn"]["hidden"])
+        else:
+            layer |= _moe(f"{theirs}.block_sparse_moe", d_model, model["moe"])
+        table |= {f"layers.{i}.{name}": entry for name, entry in layer.items()}
+    return table
+
+
+def _kda(theirs: str, d_model: int, kda: Config) -> KeyTable:
+    heads, dim, width = kda["num_heads"], kda["head_dim"], kda["conv_width"]
+    inner = heads * dim
+    return {
+        "mixer.qkv_proj.weight": rows(
+            [f"{theirs}.{x}_proj.weight" for x in "qkv"], (3 * inner, d_model)
+        ),
+        "mixer.conv_weight": rows(
+            [f"{theirs}.{x}_conv1d.weight" for x in "qkv"],
+            (3 * inner, width),
+            published=(inner, 1, width),
+        ),
+        "mixer.decay.down.weight": same(f"{theirs}.g_a_proj.weight", (dim, d_model)),
+        "mixer.decay.up.weight": same(f"{theirs}.f_b_proj.weight", (inner, dim)),
+        "mixer.decay.gate.log_rate": same(f"{theirs}.A_log", (heads,), published=(1, 1, heads, 1)),
+        "mixer.decay.gate.bias": same(f"{theirs}.dt_bias", (inner,)),
+        "mixer.beta_proj.weight": same(f"{theirs}.b_proj.weight", (heads, d_model)),
+        "mixer.gate_down.weight": same(f"{theirs}.f_a_proj.weight", (dim, d_model)),
+        "mixer.gate_up.weight": same(f"{theirs}.g_b_proj.weight", (inner, dim)),
+        "mixer.out_norm.weight": same(f"{theirs}.o_norm.weight", (dim,)),
+        "mixer.out_proj.weight": same(f"{theirs}.o_proj.weight", (d_model, inner)),
+    }
+
+
+def _mla(theirs: str, d_model: int, mla: Config) -> KeyTable:
+    heads, rank, q_rank = mla["num_heads"], mla["kv_rank"], mla["q_rank"]
+    q_width = heads * (mla["nope_dim"] + mla["rope_dim"])
+    shapes = {
+        "kv_down": ("kv_a_proj_with_mqa", (rank + mla["rope_dim"], d_model)),
+        "kv_norm": ("kv_a_layernorm", (rank,)),
+        "kv_up": ("kv_b_proj", (heads * (mla["nope_dim"] + mla["v_dim"]), rank)),
+        "out_proj": ("o_proj", (d_model, heads * mla["v_dim"])),
+    }
+    if q_rank is None:
+        shapes["q_proj"] = ("q_proj", (q_width, d_model))
+    else:
+        shapes["q_down"] = ("q_a_proj", (q_rank, d_model))
+        shapes["q_norm"] = ("q_a_layernorm", (q_rank,))
+        shapes["q_up"] = ("q_b_proj", (q_width, q_rank))
+    return {
+        f"mixer.{ours}.weight": same(f"{theirs}.{name}.weight", shape)
+        for ours, (name, shape) in shapes.items()
+    }
+
+
+def _swiglu(ours: str, theirs: str, d_model: int, hidden: int) -> KeyTable:
+    return {
+        f"{ours}.gate_up.weight": rows(
+            [f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight"], (2 * hidden, d_model)
+        ),
+        f"{ours}.down.weight": same(f"{theirs}.down_proj.weight", (d_model, hidden)),
+    }
+
+
+def _moe(theirs: str, d_model: int, moe: Config) -> KeyTable:
+    experts, hidden = moe["num_experts"], moe["hidden"]
+    up, down = (hidden, d_model), (d_model, hidden)
+    gate_up = [
+        Part(f"{theirs}.experts.{e}.{name}.weight", up, (e, half))
+        for e in range(experts)
+        for name, half in (("w1", slice(0, hidden)), ("w3", slice(hidden, 2 * hidden)))
+    ]
+    downs = [Part(f"{theirs}.experts.{e}.w2.weight", down, (e,)) for e in range(experts)]
+    return {
+        "ffn.router.weight": same(f"{theirs}.gate.weight", (experts, d_model)),
+        "ffn.router.bias": same(f"{theirs}.gate.e_score_correction_bias", (experts,)),
+        "ffn.experts.gate_up": Entry((experts, 2 * hidden, d_model), tuple(gate_up)),
+        "ffn.experts.down": Entry((experts, *down), tuple(downs)),
+        **_swiglu("ffn.shared", f"{theirs}.shared_experts", d_model, moe["shared_hidden"]),
+    }
+
+
+def export_config(config: Config) -> Config:
+    """config.json for our `model`, `mixer` and, where known, `tokens`.
+
+    Raises ValueError for a model that this family cannot hold.
+    """
+    model, tokens = config["model"], config.get("tokens", {})
+    kinds, kda, mla = _mixers(config)
+    hf: Config = {
+        "architectures": ["KimiLinearForCausalLM"],
+        "model_type": "kimi_linear",
+        **FIXED,
+        **{theirs: model[ours] for ours, theirs in MODEL_FIELDS.items()},
+        **{theirs: tokens.get(ours) for ours, theirs in TOKEN_FIELDS.items()},
+        "intermediate_size": model["ffn"]["hidden"],
+        "first_k_dense_replace": _dense_layers(model),
+        "model_max_length": 2**20,  # as released; nothing in the model has a length
+        "linear_attn_config": {
+            "full_attn_layers": [i + 1 for i, kind in enumerate(kinds) if kind == "mla"],
+            "kda_layers": [i + 1 for i, kind in enumerate(kinds) if kind == "kda"],
+            **{theirs: kda[ours] for ours, theirs in KDA_FIELDS.items() if kda},
+        },
+    }
+    if mla:
+        hf |= {theirs: mla[ours] for ours, theirs in MLA_FIELDS.items()}
+        hf["num_key_value_heads"] = mla["num_heads"]
+    if _dense_layers(model) < model["num_layers"]:
+        moe = model["moe"]
+        hf |= {theirs: moe[ours] for ours, theirs in MOE_FIELDS.items()}
+        hf["num_shared_experts"] = moe["shared_hidden"] // moe["hidden"]
+    return hf
+
+
+def _mixers(config: Config) -> tuple[list[str], Config, Config]:
+    """Per layer "kda" or "mla", and the keywords of each kind, empty where no layer has it."""
+    model = config["model"]
+    for keyword, allowed in MODEL_FIXED.items():
+        if model[keyword] != allowed:
+            raise ValueError(f"model.{keyword} is {model[keyword]}; kimi_linear has only {allowed}")
+    _check_moe(model)
+    kda_fixed = KDA_FIXED | {"norm_eps": model["norm_eps"]}
+    kda_names, kda = shared_keywords(config, KimiDeltaAttention, fixed=kda_fixed)
+    mla_names, mla = shared_keywords(config, MultiHeadLatentAttention, fixed=MLA_FIXED)
+    layers = layer_mixers(model)
+    for name in set(layers) - kda_names - mla_names:
+        raise ValueError(
+            f"mixer.{name} is {config['mixer'][name]['_target_']}; kimi_linear has only KDA and MLA"
+        )
+    return ["kda" if name in kda_names else "mla" for name in layers], kda, mla
+
+
+def _check_moe(model: Config) -> None:
+    moe = model["moe"]
+    if _dense_layers(model) < model["num_layers"] and (
+        moe["shared_hidden"] == 0 or moe["shared_hidden"] % moe["hidden"]
+    ):
+        raise ValueError(
+            f"model.moe.shared_hidden is {moe['shared_hidden']}: kimi_linear needs a positive "
+            f"multiple of model.moe.hidden = {moe['hidden']}"
+        )
+
+
+def _dense_layers(model: Config) -> int:
+    layers = model["num_layers"]
+    return layers if model["moe"] is None else min(model["dense_layers"], layers)
+
+
+def import_config(hf: Config) -> Config:
+    """Our `model`, `mixer` and `tokens` for a config.json.
+
+    Raises ValueError for a missing field, and for a value that HybridLM does not compute.
+    """
+    hf = {RENAMED.get(name, name): value for name, value in hf.items()}
+    for name, allowed in (FIXED | ABSENT).items():
+        if hf.get(name, allowed) != allowed:
+            raise ValueError(f"config.json: {name} is {hf[name]!r}; it must be {allowed!r}")
+    kinds = _layer_kinds(hf)
+    model = {
+        "name": "kimi_linear",
+        **{ours: field(hf, theirs) for ours, theirs in MODEL_FIELDS.items()},
+        "pattern": shortest_pattern(kinds),
+        "ffn": {"hidden": field(hf, "intermediate_size")},
+        **MODEL_FIXED,
+    }
+    dense = _leading_dense(hf)
+    if dense < len(kinds):
+        moe = {ours: field(hf, theirs) for ours, theirs in MOE_FIELDS.items()}
+        moe["shared_hidden"] = field(hf, "num_shared_experts") * moe["hidden"]
+        model |= {"moe": moe, "dense_layers": dense}
+    else:
+        model |= {"moe": None, "dense_layers": 0}
+    importers = {"kda": _import_kda, "mla": _import_mla}
+    return {
+        "model": model,
+        "mixer": {kind: importers[kind](hf) for kind in dict.fromkeys(kinds)},
+        "tokens": {ours: hf.get(theirs) for ours, theirs in TOKEN_FIELDS.items()},
+    }
+
+
+def _import_kda(hf: Config) -> Config:
+    linear = hf.get("linear_attn_config") or {
+        theirs: field(hf, outside) for theirs, outside in KDA_OUTSIDE.items()
+    }
+    return {
+        "_target_": target(KimiDeltaAttention),
+        "_partial_": True,
+        **{ours: field(linear, theirs) for ours, theirs in KDA_FIELDS.items()},
+        **KDA_FIXED,
+        "norm_eps": field(hf, "rms_norm_eps"),
+    }
+
+
+def _import_mla(hf: Config) -> Config:
+    heads = field(hf, "num_attention_heads")
+    if hf.get("num_key_value_heads") not in (None, heads):
+        raise ValueError(
+            f"config.json: num_key_value_heads is {hf['num_key_value_heads']}; "
+            f"latent attention has num_attention_heads = {heads}"
+        )
+    return {
+        "_target_": target(MultiHeadLatentAttention),
+        "_partial_": True,
+        **{ours: field(hf, theirs) for ours, theirs in MLA_FIELDS.items()},
+        **MLA_FIXED,
+    }
+
+
+def _layer_kinds(hf: Config) -> list[str]:
+    """Per layer "kda" or "mla", from transformers' list or from the released lists, 1-based."""
+    layers = field(hf, "num_hidden_layers")
+    if hf.get("layer_types") is not None:
+        names = {"linear_attention": "kda", "full_attention": "mla"}
+        kinds = [names.get(kind) for kind in hf["layer_types"]]
+        where = "layer_types"
+    else:
+        linear = field(hf, "linear_attn_config")
+        placed = dict.fromkeys(field(linear, "kda_layers"), "kda")
+        placed |= dict.fromkeys(field(linear, "full_attn_layers"), "mla")
+        kinds = [placed.get(i + 1) for i in range(max([layers, *placed]))]
+        where = "linear_attn_config"
+    if len(kinds) != layers or None in kinds:
+        raise ValueError(f"config.json: {where} must give each of {layers} layers KDA or MLA")
+    return [kind for kind in kinds if kind is not None]
+
+
+def _leading_dense(hf: Config) -> int:
+    """How many layers, the first ones, have a dense feed-forward."""
+    kinds = hf.get("mlp_layer_types")
+    if kinds is None:
+        return field(hf, "first_k_dense_replace")
+    dense = kinds.count("dense")
+    if kinds != ["dense"] * dense + ["sparse"] * (field(hf, "num_hidden_layers") - dense):
+        raise ValueError(
+            f"config.json: mlp_layer_types is {kinds}; one kind per layer, dense ones first"
+        )
+    return dense

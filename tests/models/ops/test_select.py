@@ -1,0 +1,68 @@
+"""Choosing implementations by name."""
+
+import pytest
+
+from models.ops import select
+from models.ops.conv import FragmentConv, ShiftedConv
+from models.ops.delta_rule import ChunkedDeltaRule, TokenLoopDeltaRule
+from models.ops.experts import GroupedExperts, GroupedMatmulExperts, LoopExperts
+from models.ops.flash import AtenVarlenSoftmax, FlashSoftmax
+from models.ops.latent import MaterialisedLatent
+from models.ops.select import Ops
+from models.ops.softmax import AtenSoftmax, EinsumSoftmax
+
+
+@pytest.fixture(params=[False, True], ids=["bare", "with packages"])
+def packages(request, monkeypatch) -> bool:
+    """Whether the optional packages seem to be installed."""
+    monkeypatch.setattr(select, "find_spec", lambda name: name if request.param else None)
+    return request.param
+
+
+def test_auto_on_cpu(packages):
+    ops = Ops()
+    assert ops.describe() == "softmax=aten delta_rule=chunked conv=fused experts=grouped"
+    assert type(ops.softmax()) is AtenSoftmax
+    assert type(ops.delta_rule()) is ChunkedDeltaRule
+    assert type(ops.conv()) is FragmentConv
+    assert type(ops.experts()) is GroupedExperts
+    latent = ops.latent()
+    assert type(latent) is MaterialisedLatent and type(latent.softmax) is AtenSoftmax
+    assert ops.softmax() is not ops.softmax()
+
+
+def test_auto_on_cuda(packages):
+    ops = Ops(device="cuda")
+    line = "softmax=flash delta_rule=fla conv=fla experts=grouped"
+    bare = "softmax=aten delta_rule=chunked conv=fused experts=grouped"
+    assert ops.describe() == (line if packages else bare)
+    assert type(ops.softmax()) is (FlashSoftmax if packages else AtenVarlenSoftmax)
+    assert type(ops.experts()) is GroupedMatmulExperts
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:1", "meta"])
+def test_reference_runs_everywhere(device):
+    name = "reference"
+    ops = Ops(softmax=name, delta_rule=name, conv=name, experts=name, device=device)
+    built = ops.softmax(), ops.delta_rule(), ops.conv(), ops.experts()
+    assert [type(op) for op in built] == [
+        EinsumSoftmax,
+        TokenLoopDeltaRule,
+        ShiftedConv,
+        LoopExperts,
+    ]
+
+
+def test_an_explicit_name_never_falls_back(monkeypatch):
+    monkeypatch.setattr(select, "find_spec", lambda name: None)
+    cases = {
+        "ops.softmax=flash needs the package flash-attn, which is not installed; "
+        "allowed here: auto, aten, reference": {"softmax": "flash", "device": "cuda"},
+        "ops.delta_rule=fla runs on cuda and the device is cpu; "
+        "allowed here: auto, chunked, reference": {"delta_rule": "fla"},
+        "ops.conv=fast does not exist; allowed here: auto, fused, reference": {"conv": "fast"},
+    }
+    for message, keywords in cases.items():
+        with pytest.raises(ValueError) as error:
+            Ops(**keywords)
+        assert str(error.value) == message
