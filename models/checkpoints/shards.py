@@ -82,9 +82,8 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, max_byt
         if waiting and waiting_bytes + tensor.nbytes > max_bytes:
             flush()
             waiting_bytes = 0
-        waiting[name] = tensor.detach().clone(
-            memory_format=torch.contiguous_format
-        )  # views share a storage
+        # A copy, since the library refuses views that share a storage.
+        waiting[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
         waiting_bytes += tensor.nbytes
         total_bytes += tensor.nbytes
     flush()

@@ -74,24 +74,20 @@ class Segment:
         q, k, v, log_decay, beta = inputs
         self.inputs = inputs
         self.documents = _Documents.find(starts, heads, q.shape[1])
-        self.scores = scores = DyadicScores(q, k, log_decay)
-        self.kk = scores.kk * beta
-        self.qk = scores.qk
-        self.qk.diagonal(dim1=1, dim2=2).copy_((q * k).sum(-1))
-        prefix, suffix = scores.prefix, scores.suffix
-        self.through = prefix[:, -1]  # decay of a whole chunk, [X, K]
+        self.dyadic = DyadicScores(q, k, log_decay)
+        prefix, suffix = self.dyadic.prefix, self.dyadic.suffix
         if self.documents is not None:
-            same, from_start, to_end = self.documents
-            self.kk *= same
-            self.qk *= same
-            prefix, suffix = prefix * from_start, suffix * to_end
-            self.through = prefix[:, -1]
+            self.dyadic.scores *= self.documents.same.unsqueeze(1)
+            prefix, suffix = prefix * self.documents.from_start, suffix * self.documents.to_end
+        self.qk, self.kk = self.dyadic.scores.unbind(1)
+        self.qk.diagonal(dim1=1, dim2=2).copy_((q * k).sum(-1))
+        self.through = prefix[:, -1]  # decay of a whole chunk, [X, K]
         self.prefix, self.suffix = prefix, suffix
         self.q_in, self.k_in, self.k_out = q * prefix, k * prefix, k * suffix
 
         eye = torch.eye(q.shape[1], dtype=q.dtype, device=q.device)
         self.inverse = torch.linalg.solve_triangular(
-            self.kk, eye.expand_as(self.kk), upper=False, unitriangular=True
+            beta * self.kk, eye.expand_as(self.kk), upper=False, unitriangular=True
         )
         self.u, self.w = self.inverse @ (beta * v), self.inverse @ (beta * self.k_in)
         # [X, K, K] and [X, K, V]: the state that leaves is transition @ state + update.
@@ -128,24 +124,22 @@ class Segment:
         # Through U and W, that is through the triangular system they solve.
         grad_w = torch.bmm(grad_written, states.mT).neg_()
         from_u, from_w = self.inverse.mT @ grad_written, self.inverse.mT @ grad_w
-        grad_kk = torch.baddbmm(from_u @ self.u.mT, from_w, self.w.mT).neg_()
-        grad_beta = (from_u * v).sum(-1) + (from_w * self.k_in).sum(-1)
-        grad_beta += (
-            (grad_kk * self.scores.kk).sum(-1)
-            if self.documents is None
-            else (grad_kk * self.scores.kk * self.documents.same).sum(-1)
-        )
-        grad_qk = grad_output @ written.mT
+        grad_scores = torch.empty_like(self.dyadic.scores)
+        grad_qk, grad_kk = grad_scores.unbind(1)
+        grad_qk.copy_(grad_output @ written.mT)
+        grad_system = torch.baddbmm(from_u @ self.u.mT, from_w, self.w.mT).neg_()
+        torch.mul(grad_system, beta, out=grad_kk)
         if self.documents is not None:
-            grad_qk *= self.documents.same
-            grad_kk *= self.documents.same
+            grad_scores *= self.documents.same.unsqueeze(1)
+        grad_beta = (from_u * v).sum(-1) + (from_w * self.k_in).sum(-1)
+        grad_beta += grad_system.mul_(self.kk).sum(-1)
 
         grad_q_in, grad_k_in = grad_output @ states.mT, beta * from_w
         grad_k_out = written @ grad_after.mT
         grad_log_prefix = (grad_q_in * self.q_in).addcmul_(grad_k_in, self.k_in)
         grad_log_prefix[:, -1] += self.through * (states * grad_after).sum(-1)
-        grad_q, grad_k, grad_log_decay = self.scores.backward(
-            grad_qk, beta * grad_kk, grad_log_prefix, grad_k_out * self.k_out
+        grad_q, grad_k, grad_log_decay = self.dyadic.backward(
+            grad_scores, grad_log_prefix, grad_k_out * self.k_out
         )
         diagonal = grad_qk.diagonal(dim1=1, dim2=2).unsqueeze(-1)
         grad_q.addcmul_(grad_q_in, self.prefix).addcmul_(diagonal, k)

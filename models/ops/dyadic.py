@@ -22,17 +22,16 @@ from torch import Tensor
 
 
 class _Level(NamedTuple):
-    """Blocks of two halves: [X, blocks, half, K] each."""
+    """Blocks of two halves, [X, blocks, half, K]; rows are those of q, then those of k."""
 
     from_anchor: Tensor  # decay from the anchor to each right-half token, itself included
     to_anchor: Tensor  # decay after each left-half token, up to the anchor
-    q: Tensor  # right half, decayed from the anchor
-    k: Tensor  # right half, decayed from the anchor
-    keys: Tensor  # left half, decayed to the anchor
+    rows: Tensor  # [X, blocks, 2 half, K], right half, decayed from the anchor
+    keys: Tensor  # left half of k, decayed to the anchor
 
 
 class DyadicScores:
-    """Scores of q and of k against k, [X, C, C], strictly lower; zero elsewhere.
+    """scores: those of q and of k against k, [X, 2, C, C], strictly lower; zero elsewhere.
 
     prefix: the decay from the chunk's start to each token, itself included; suffix: the decay
     after each token, up to the chunk's end; both [X, C, K].
@@ -40,8 +39,8 @@ class DyadicScores:
 
     def __init__(self, q: Tensor, k: Tensor, log_decay: Tensor) -> None:
         chunks, size, _ = q.shape
-        self.inputs = (q, k)
-        self.qk, self.kk = q.new_zeros(2, chunks, size, size)
+        self.queries_keys = torch.stack((q, k), dim=1)
+        self.scores = q.new_zeros(chunks, 2, size, size)
         self.prefix, self.suffix = log_decay.exp(), torch.ones_like(q)
         self.levels: list[_Level] = []
         half = 1
@@ -50,32 +49,28 @@ class DyadicScores:
             half *= 2
 
     def _score(self, half: int) -> None:
-        q, k = (_halves(x, half) for x in self.inputs)
         prefix, suffix = _halves(self.prefix, half), _halves(self.suffix, half)
         from_anchor, to_anchor = prefix[:, :, 1].contiguous(), suffix[:, :, 0].contiguous()
-        level = _Level(
-            from_anchor,
-            to_anchor,
-            q[:, :, 1] * from_anchor,
-            k[:, :, 1] * from_anchor,
-            k[:, :, 0] * to_anchor,
-        )
-        _squares(self.qk, half).copy_(level.q @ level.keys.mT)
-        _squares(self.kk, half).copy_(level.k @ level.keys.mT)
+        pairs = _halves(self.queries_keys, half)  # [X, 2, blocks, 2, half, K]
+        rows = pairs.new_empty(*from_anchor.shape[:2], 2, *from_anchor.shape[2:])
+        torch.mul(pairs[:, :, :, 1].transpose(1, 2), from_anchor.unsqueeze(2), out=rows)
+        level = _Level(from_anchor, to_anchor, rows.flatten(2, 3), pairs[:, 1, :, 0] * to_anchor)
+        scores = level.rows @ level.keys.mT
+        _squares(self.scores, half).copy_(scores.unflatten(2, (2, half)))
         prefix[:, :, 1] *= prefix[:, :, 0, -1:]
         suffix[:, :, 0] *= from_anchor[:, :, -1:]
         self.levels.append(level)
 
     def backward(
-        self, grad_qk: Tensor, grad_kk: Tensor, grad_log_prefix: Tensor, grad_log_suffix: Tensor
+        self, grad_scores: Tensor, grad_log_prefix: Tensor, grad_log_suffix: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and log_decay.
 
         The gradients of the decays come, and are carried, as those of their logarithms: of
         x d, with d a decay, that is x d times the gradient of x d. The two are overwritten.
         """
-        grad_q, grad_k = torch.zeros_like(grad_log_prefix), torch.zeros_like(grad_log_prefix)
-        half = grad_q.shape[1]
+        grad = torch.zeros_like(self.queries_keys)
+        half = grad_log_prefix.shape[1]
         for level in reversed(self.levels):
             half //= 2
             left, right = _halves(grad_log_prefix, half).unbind(2)
@@ -84,24 +79,26 @@ class DyadicScores:
             left[:, :, -1] += whole_left
             right[:, :, -1] += whole_right
 
-            square_qk, square_kk = _squares(grad_qk, half), _squares(grad_kk, half)
-            rows_q, rows_k = square_qk @ level.keys, square_kk @ level.keys
-            columns = square_qk.mT @ level.q + square_kk.mT @ level.k
-            right.addcmul_(rows_q, level.q).addcmul_(rows_k, level.k)
+            squares = _squares(grad_scores, half).flatten(2, 3)  # [X, blocks, 2 half, half]
+            rows = squares @ level.keys
+            columns = squares.mT @ level.rows
+            of_pairs = _halves(grad, half)
+            by_kind = rows.unflatten(2, (2, half))
+            of_pairs[:, :, :, 1].addcmul_(by_kind.transpose(1, 2), level.from_anchor.unsqueeze(1))
+            of_pairs[:, 1, :, 0].addcmul_(columns, level.to_anchor)
+            rows *= level.rows
+            right += by_kind[:, :, 0]
+            right += by_kind[:, :, 1]
             to_left.addcmul_(columns, level.keys)
-            _halves(grad_q, half)[:, :, 1].addcmul_(rows_q, level.from_anchor)
-            into_k = _halves(grad_k, half)
-            into_k[:, :, 1].addcmul_(rows_k, level.from_anchor)
-            into_k[:, :, 0].addcmul_(columns, level.to_anchor)
-        return grad_q, grad_k, grad_log_prefix
+        return grad[:, 0], grad[:, 1], grad_log_prefix
 
 
 def _halves(x: Tensor, half: int) -> Tensor:
-    """[X, C, K] as [X, blocks, 2, half, K], a view."""
-    return x.unflatten(1, (-1, 2, half))
+    """[..., C, K] as [..., blocks, 2, half, K], a view."""
+    return x.unflatten(-2, (-1, 2, half))
 
 
 def _squares(scores: Tensor, half: int) -> Tensor:
-    """[X, C, C] -> lower left squares of the diagonal blocks, [X, blocks, half, half], a view."""
-    blocks = scores.unflatten(2, (-1, 2 * half)).unflatten(1, (-1, 2 * half))
-    return blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)[:, :, half:, :half]
+    """[X, 2, C, C] -> lower left squares of the diagonal blocks, [X, blocks, 2, half, half]."""
+    blocks = scores.unflatten(3, (-1, 2 * half)).unflatten(2, (-1, 2 * half))
+    return blocks.diagonal(dim1=2, dim2=4).movedim(-1, 1)[..., half:, :half]
