@@ -1,0 +1,105 @@
+"""Weights from any of our sources into a Hugging Face folder or a native one."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from torch import Tensor
+
+from models.checkpoints.families import family_for
+from models.checkpoints.shards import write_shards
+from models.checkpoints.table import check_shapes
+from trainer.checkpoint.weights import WeightSource, open_weights
+from trainer.errors import ConfigError
+
+Format = Literal["hf", "native"]
+Dtype = Literal["bf16", "fp32"]
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# Decays and the router's correction, which every published checkpoint keeps in fp32.
+_ALWAYS_FP32 = (".decay.gate.log_rate", ".decay.gate.bias", ".router.bias")
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "tokenization*.py",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "generation_config.json",
+)
+
+
+def convert(
+    *, source: str, target: str, format: Format, dtype: Dtype | None = None, max_shard_gb: float = 5
+) -> Path:
+    """Writes the folder `target`, which must not exist; it appears when it is complete.
+
+    source: a Hugging Face or native folder, a checkpoint, or a run folder. dtype: of the weights;
+    None keeps what the source has. max_shard_gb: size of a file, 10^9 bytes. In memory are at most
+    two files' worth of tensors and the largest tensor, twice while it is cast. Raises ConfigError.
+    """
+    path = Path(target)
+    if path.exists():
+        raise ConfigError(f"target={target}: exists already; allowed: a new folder")
+    if max_shard_gb <= 0:
+        raise ConfigError(f"max_shard_gb={max_shard_gb}: allowed: above 0")
+    weights = open_weights(Path(source))
+    staging = path.parent / f".{path.name}"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        write = _write_hugging_face if format == "hf" else _write_native
+        write(weights, staging, dtype=dtype and _DTYPES[dtype], max_bytes=max_shard_gb * 1e9)
+        _copy_tokenizer(weights.tokenizer_folder, staging)
+        staging.rename(path)
+    except ValueError as error:
+        raise ConfigError(f"source={source}: {error}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return path
+
+
+def _write_hugging_face(
+    weights: WeightSource, folder: Path, *, dtype: torch.dtype | None, max_bytes: float
+) -> None:
+    family = family_for(weights.config)
+    table = family.key_table(weights.config)
+    expected = {name: entry.shape for name, entry in table.items()}
+    check_shapes(expected, weights.shapes, fault="it does not hold what its configuration says")
+    tensors = (
+        part
+        for name, entry in table.items()
+        for part in entry.split(_cast(name, weights.get(name), dtype))
+    )
+    write_shards(folder, tensors, max_bytes=max_bytes)
+    stored = dtype or weights.get("norm.weight").dtype
+    config = family.export_config(weights.config) | {"dtype": str(stored).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _write_native(
+    weights: WeightSource, folder: Path, *, dtype: torch.dtype | None, max_bytes: float
+) -> None:
+    tensors = ((name, _cast(name, weights.get(name), dtype)) for name in weights.shapes)
+    write_shards(folder, tensors, max_bytes=max_bytes)
+    (folder / "config.yaml").write_text(yaml.safe_dump(weights.config, sort_keys=False))
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None:
+        return tensor
+    return tensor.to(torch.float32 if name.endswith(_ALWAYS_FP32) else dtype)
+
+
+def _copy_tokenizer(source: Path | None, target: Path) -> None:
+    if source is None:
+        return
+    for pattern in _TOKENIZER_FILES:
+        for path in source.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, target / path.name)

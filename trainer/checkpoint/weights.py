@@ -1,0 +1,183 @@
+"""Weights from wherever they are: a Hugging Face folder, a native folder, a checkpoint of ours.
+
+A native folder is `config.yaml` (`model:`, `mixer:`, and `tokens:`, the ids of special tokens),
+safetensors files under our names, and tokenizer files if there are any.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from models.checkpoints.config import Config, layer_mixers
+from models.checkpoints.families import family_of
+from models.checkpoints.shards import ShardReader, has_shards
+from models.checkpoints.table import Shape, check_shapes, published_shapes
+from models.hybrid import HybridLM
+from trainer.checkpoint.manifest import MANIFEST, read_manifest
+from trainer.checkpoint.ranks import quiet
+from trainer.checkpoint.store import CheckpointStore
+from trainer.data.tokenizer import build_tokenizer
+from trainer.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """A model's tensors under our names, each read when asked for."""
+
+    config: Config  # `model`, `mixer` of the mixers in use, `tokens`
+    shapes: dict[str, Shape]
+    get: Callable[[str], Tensor]
+    tokenizer_folder: Path | None  # where tokenizer files are, if there are any
+
+
+def open_weights(path: Path) -> WeightSource:
+    """Reads names, shapes and configuration.
+
+    path: a folder with config.json or with config.yaml and safetensors files, a checkpoint, or a
+    run folder, whose newest checkpoint is taken. Raises ConfigError, in one line naming the file,
+    for anything missing, damaged or of an unknown family.
+    """
+    try:
+        if (path / MANIFEST).exists():
+            return _open_checkpoint(path)
+        if (path / "config.json").exists():
+            return _open_hugging_face(path)
+        if (path / "config.yaml").exists() and has_shards(path):
+            return _open_native(path)
+        if (path / "checkpoints").is_dir():
+            newest = CheckpointStore(path / "checkpoints", keep=0).resolve("auto")
+            if newest is not None:
+                return _open_checkpoint(newest)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    raise ConfigError(
+        f"{path}: no weights there; allowed: a Hugging Face folder (config.json), a native folder "
+        f"(config.yaml, model.safetensors), a checkpoint ({MANIFEST}) or a run_dir with one"
+    )
+
+
+def load_weights(model: HybridLM, source: Path) -> None:
+    """Fills the model, tensor by tensor, keeping its dtypes and devices.
+
+    Raises ConfigError, before anything is filled, if names or shapes differ.
+    """
+    weights = open_weights(source)
+    state = model.state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    try:
+        check_shapes(expected, weights.shapes, fault=f"{source} holds another model")
+        with torch.no_grad():
+            for name, tensor in state.items():
+                tensor.copy_(weights.get(name))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _open_hugging_face(path: Path) -> WeightSource:
+    hf = _parse(path / "config.json", json.loads)
+    family = family_of(hf, source=path / "config.json")
+    config = family.import_config(hf)
+    table = family.key_table(config)
+    shards = ShardReader(path)
+    stored = {family.canonical_name(name): name for name in shards.shapes}
+    if len(stored) != len(shards.shapes):
+        raise ValueError(f"{path} holds one tensor twice, under two names")
+    found = {name: shards.shapes[stored[name]] for name in stored}
+    check_shapes(published_shapes(table), found, fault=f"{path} does not fit its config.json")
+
+    def get(name: str) -> Tensor:
+        return table[name].join(lambda published: shards.get(stored[published]))
+
+    shapes = {name: entry.shape for name, entry in table.items()}
+    return WeightSource(config, shapes, get, path)
+
+
+def _open_native(path: Path) -> WeightSource:
+    shards = ShardReader(path)
+    config = _read_config(path, shards.shapes)
+    return WeightSource(config, shards.shapes, shards.get, path)
+
+
+def _open_checkpoint(path: Path) -> WeightSource:
+    read_manifest(path)
+    reader = _Reader(path)
+    prefix = "model."
+    entries = {
+        name.removeprefix(prefix): entry
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+    }
+    shapes = {name: tuple(entry.size) for name, entry in entries.items()}
+    config = _read_config(path, shapes)
+    tokenizer = _parse(path / "config.yaml", yaml.safe_load).get("data", {}).get("tokenizer")
+
+    def get(name: str) -> Tensor:
+        tensor = torch.empty(shapes[name], dtype=entries[name].properties.dtype)
+        with quiet():
+            dcp.load({"model": {name: tensor}}, storage_reader=reader, no_dist=True)
+        return tensor
+
+    return WeightSource(
+        config | {"tokens": _token_ids(tokenizer)}, shapes, get, _tokenizer_folder(tokenizer)
+    )
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads the index of a checkpoint, long for many ranks, once and not for every tensor."""
+
+    _metadata: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._metadata is None:
+            self._metadata = super().read_metadata(*args, **kwargs)
+        return self._metadata
+
+
+def _read_config(folder: Path, shapes: dict[str, Shape]) -> Config:
+    """`model` with its size of vocabulary, the mixers in use and, where given, `tokens`."""
+    path = folder / "config.yaml"
+    sections = _parse(path, yaml.safe_load)
+    try:
+        model = {**sections["model"], "vocab_size": shapes["embed.weight"][0]}
+        mixer = {name: sections["mixer"][name] for name in dict.fromkeys(layer_mixers(model))}
+    except KeyError as error:
+        raise ValueError(f"{folder} is not a model of ours: it lacks {error}") from None
+    return {"model": model, "mixer": mixer, "tokens": sections.get("tokens", {})}
+
+
+def _parse(path: Path, parse: Callable[[str], Any]) -> Config:
+    try:
+        parsed = parse(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} cannot be read: {reason}") from None
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{path} must hold a mapping")
+    return parsed
+
+
+def _token_ids(tokenizer: str | None) -> Config:
+    """Ids that a config.json states; none where the tokenizer is not there any more."""
+    try:
+        built = build_tokenizer(str(tokenizer))
+    except ConfigError:
+        return {}
+    # transformers never trains the padding token: naming another role's token would freeze that.
+    pad = None if built.pad_id == built.eos_id else built.pad_id
+    return {"bos": None, "eos": built.eos_id, "pad": pad}
+
+
+def _tokenizer_folder(tokenizer: str | None) -> Path | None:
+    if tokenizer in (None, "bytes"):
+        return None
+    path = Path(str(tokenizer)).expanduser()
+    folder = path if path.is_dir() else path.parent
+    return folder if folder.is_dir() else None
