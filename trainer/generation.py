@@ -1,6 +1,7 @@
 """Text from a model: the prompt in one pass, then a token at a time from the layers' caches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +9,74 @@ from torch import Tensor
 from models.hybrid import HybridLM
 from models.mixer import Cache
 from models.sequence import SequenceInfo
+from parallel.mesh import join
+from trainer.build import build_ops
+from trainer.data import build_tokenizer
+from trainer.errors import ConfigError
+from trainer.load import load_model, tokenizer_of
+from trainer.settings import Numerics, Precision
+
+
+def write_text(
+    *,
+    checkpoint: str,
+    prompt: str,
+    tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    seed: int,
+    precision: Precision | None,
+    tokenizer: str | None,
+    ops: Mapping[str, Any],
+) -> Iterator[str]:
+    """Yields the prompt, then the text that the model writes behind it, as it is written.
+
+    The keywords are the keys of conf/generate.yaml; raises ConfigError naming the one that is
+    wrong. Ends with the document, or after `tokens` tokens.
+    """
+    for key, value, fits, allowed in (
+        ("tokens", tokens, tokens >= 1, "1 or more"),
+        ("temperature", temperature, temperature >= 0, "0 or more"),
+        ("top_k", top_k, top_k is None or top_k >= 1, "1 or more, or null"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0, up to 1"),
+    ):
+        if not fits:
+            raise ConfigError(f"{key}={value}: allowed: {allowed}")
+    device = join().device
+    numerics = Numerics.choose(precision, device)
+    text = build_tokenizer(tokenizer or tokenizer_of(checkpoint))
+    model = load_model(
+        checkpoint,
+        ops=build_ops(ops, device),
+        device=device,
+        dtype=numerics.parameters,
+        vocab_size=text.vocab_size,
+    )
+    ids = torch.as_tensor(text.encode(prompt).astype("int64"), device=device)
+    if not len(ids):
+        raise ConfigError("prompt is empty; allowed: at least one token to start from")
+    yield prompt
+    written: list[int] = []
+    shown = ""
+    with torch.autocast(device.type, numerics.autocast, enabled=numerics.autocast is not None):
+        for (token,) in generate(
+            model,
+            ids.unsqueeze(0),
+            tokens=tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            generator=torch.Generator(device).manual_seed(seed),
+        ):
+            if token == text.eos_id:
+                break
+            written.append(int(token))
+            whole = text.decode(written)
+            if not whole.endswith("\ufffd"):  # else the last character still lacks some bytes
+                yield whole[len(shown) :]
+                shown = whole
+    yield text.decode(written)[len(shown) :]
 
 
 @torch.no_grad()

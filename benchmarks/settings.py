@@ -1,0 +1,43 @@
+"""The options of a benchmark run, typed and checked: the keys of conf/benchmark.yaml."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+Suite = Literal["train", "mixers"]
+Dtype = Literal["fp32", "bf16"]
+Malloc = Literal["keep", "default"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    suite: Suite
+    lengths: Sequence[int]  # tokens of the one row of a batch
+    dtypes: Sequence[Dtype]
+    repeats: int  # timed steps, behind a warm one
+    peers: bool
+    peer_max_tokens: int
+    baselines: Sequence[str]
+    profile: bool
+    malloc: Malloc
+    threads: int | None
+    device: Device
+    seed: int
+    timeout: float  # seconds a measurement may take
+    patience: float  # seconds it may wait for a quiet machine
+    output: str | None
+
+    def __post_init__(self) -> None:
+        ascending = all(a < b for a, b in pairwise(self.lengths))
+        if not self.lengths or self.lengths[0] < 2 or not ascending:
+            raise ValueError(
+                f"lengths={list(self.lengths)}: allowed: ascending numbers of tokens, from 2 on"
+            )
+        if not self.dtypes:
+            raise ValueError("dtypes=[]: allowed: fp32, bf16 or both")
+        for name in ("repeats", "threads", "timeout"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}={value}: allowed: above 0")

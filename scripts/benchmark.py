@@ -1,0 +1,12 @@
+"""Measures speed and memory: python scripts/benchmark.py suite=train|mixers key=value ..."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.run import benchmark
+from trainer.main import command
+
+if __name__ == "__main__":
+    command("benchmark", benchmark)

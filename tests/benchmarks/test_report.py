@@ -1,0 +1,41 @@
+"""Tables, files, options, and the command line."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import report
+from benchmarks.job import ROOT
+from benchmarks.report import Column
+from tests.benchmarks.conftest import settings
+
+
+def test_columns_line_up_and_empty_ones_go() -> None:
+    columns = (Column("name", "mixer"), Column("ms", "ms", ",.1f"), Column("note", "note"))
+    rows = [{"name": "kda", "ms": 1234.56}, {"name": "attention"}]
+    assert report.table(rows, columns) == "mixer           ms\nkda        1,234.6\nattention"
+    assert report.table([{"note": "no"}], columns) == "note\nno"
+
+
+def test_file(tmp_path) -> None:
+    report.write(tmp_path / "new" / "a.json", {"rows": [{"seconds": 1.5}]})
+    assert json.loads((tmp_path / "new" / "a.json").read_text()) == {"rows": [{"seconds": 1.5}]}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"lengths": []}, {"lengths": [4, 4]}, {"lengths": [1, 4]}, {"dtypes": []}, {"repeats": 0}],
+)
+def test_options_out_of_range(changed) -> None:
+    (name,) = changed
+    with pytest.raises(ValueError, match=f"^{name}=.*allowed:"):
+        settings(**changed)
+
+
+def test_unknown_suite_exits_with_2_and_lists_the_suites() -> None:
+    command = [sys.executable, "scripts/benchmark.py", "suite=speed"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: suite=speed: allowed: train, mixers\n" and not done.stdout

@@ -1,0 +1,81 @@
+"""Run by torchrun: see test_gradients.py. Writes what each rank saw."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from parallel import collectives, gradients
+from parallel.mesh import join, leave
+from trainer.engine import Engine, verify_gradient_factor
+from trainer.engine.ddp import DDPEngine
+
+
+class Model(nn.Module):
+    """Parameters that are reached twice, on some ranks only, or never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 4)
+        self.tied = nn.Parameter(torch.randn(4, 4))
+        self.sometimes = nn.Parameter(torch.randn(4))
+        self.never = nn.Parameter(torch.randn(5))
+        self.last = nn.Linear(4, 2)
+        self.frozen = nn.Parameter(torch.randn(2), requires_grad=False)
+
+    def forward(self, batch):
+        x, reached = batch
+        x = self.first(x) @ self.tied @ self.tied
+        if reached:
+            x = x * self.sometimes
+        return self.last(x).square().sum()
+
+
+def batch(rank: int, micro: int):
+    generator = torch.Generator().manual_seed(10 * rank + micro)
+    return torch.randn(5, 3, generator=generator, dtype=torch.float64), (rank + micro) % 2 == 1
+
+
+def main(folder: Path) -> None:
+    mesh = join(timeout_minutes=1)
+    sent: list[int] = []
+    start = collectives.start_sum
+
+    def watched(x, group):
+        sent.append(x.numel())
+        return start(x, group)
+
+    gradients.start_sum = watched
+    torch.manual_seed(0)
+    model = Model().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = DDPEngine(
+        loss=model, model=model, optimizer=optimizer, mesh=mesh, bucket_mb=40 / 2**20
+    )
+    seen: dict = {"losses": [], "sent": [], "grads": [], "norms": [], "kept": []}
+    for _step in range(2):  # the second from parameters that a step has changed
+        for micro in range(3):
+            seen["losses"].append(engine.accumulate(batch(mesh.rank, micro), 0.5, last=micro == 2))
+            seen["sent"].append(list(sent))
+            sent.clear()
+        seen["grads"].append(
+            {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        )
+        seen["norms"].append(engine.clip_grad_norm(1.0))
+        engine.step(0.1)
+        seen["kept"].append([p.grad is not None for p in model.parameters()])
+    seen["end"] = model.state_dict()
+
+    verify_gradient_factor(DDPEngine, mesh)
+    try:
+        verify_gradient_factor(Engine, mesh)  # reduces nothing
+    except RuntimeError as error:
+        seen["probe"] = str(error)
+    torch.save(seen, folder / f"rank{dist.get_rank()}.pt")
+    leave(mesh)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,195 @@
+"""The loop on a tiny model: what a step means, when it stops, what it leaves."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from parallel.mesh import Mesh
+from tests.trainer.tiny import config
+from trainer.build import build_trainer
+from trainer.errors import ConfigError, TrainingError
+from trainer.loop import Trainer
+
+MESH = Mesh(device=torch.device("cpu"))
+
+
+@pytest.fixture
+def make(tmp_path):
+    def make(*more: str) -> Trainer:
+        run_dir = tmp_path / "run"
+        run_dir.mkdir(exist_ok=True)
+        return build_trainer(config(tmp_path, *more), mesh=MESH, run_dir=run_dir)
+
+    return make
+
+
+def records(tmp_path) -> list[dict]:
+    return [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: x.clone() for name, x in trainer.model.state_dict().items()}
+
+
+def test_micro_batches_and_checkpointing_change_nothing(make):
+    """Also with labels spread unevenly over micro-batches, as padding does it here."""
+    runs = []
+    for more in (
+        ["trainer.micro_batch_size=4"],
+        ["trainer.micro_batch_size=1"],
+        ["trainer.micro_batch_size=2", "trainer.activation_checkpointing=true"],
+    ):
+        trainer = make("trainer.precision=fp64", *more)
+        steps = [trainer.train_step() for _ in range(2)]
+        runs.append(([(s["loss"], s["grad_norm"], s["tokens"]) for s in steps], weights(trainer)))
+    for steps, end in runs[1:]:
+        assert steps == [pytest.approx(step, rel=1e-9) for step in runs[0][0]]
+        torch.testing.assert_close(end, runs[0][1], rtol=1e-7, atol=1e-9)
+
+
+def test_the_loss_is_the_mean_over_the_labels_of_the_step(make):
+    trainer = make("trainer.precision=fp64")
+    batches = trainer.stream.next_step()
+    trainer.stream.restore(make().stream.state())
+    with torch.no_grad():
+        total = sum(float(trainer.engine.loss.token_losses(batch).sum()) for batch in batches)
+    labels = sum(batch.valid_labels for batch in batches)
+    record = trainer.train_step()
+    assert record["tokens"] == labels < 4 * 48
+    assert record["loss"] == pytest.approx(total / labels, rel=1e-12)
+
+
+def test_a_record_has_every_number(make):
+    record = make().train_step()
+    assert list(record) == [
+        "step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "tflops_per_device",
+        "mfu", "peak_memory_gib", "seconds", "epoch",
+    ]  # fmt: skip
+    assert record["mfu"] is None and record["step"] == 1 and record["epoch"] == 0
+    assert record["tokens_per_second"] == pytest.approx(record["tokens"] / record["seconds"])
+
+
+def test_flops_count_documents_and_no_padding(make):
+    trainer = make()
+    batches = trainer.stream.next_step()
+    trainer.stream.restore(make().stream.state())
+    valid = torch.cat([batch.info.valid.flatten() for batch in batches])
+    seen = torch.cat([batch.info.positions.flatten() for batch in batches])[valid] + 1
+    flops = 3 * len(seen) * trainer.model.flops_per_token(float(seen.double().mean()))
+    record = trainer.train_step()
+    assert record["tflops_per_device"] * record["seconds"] * 1e12 == pytest.approx(flops, rel=1e-9)
+    assert not valid.all()
+
+
+def test_clipping_scales_the_step_and_not_the_record(make):
+    free, clipped = make("trainer.grad_clip=null"), make("trainer.grad_clip=1e-3")
+    assert free.train_step()["grad_norm"] == clipped.train_step()["grad_norm"] > 1e-3
+    average = [s["exp_avg"].square().sum() for s in clipped.engine.optimizer.state.values()]
+    assert math.sqrt(sum(average)) == pytest.approx(0.1 * 1e-3, rel=1e-2)  # 1 - beta1 = 0.1
+
+
+def test_router_biases_follow_the_load_once_per_step(make):
+    trainer = make("trainer.router_bias_rate=0.25", "trainer.micro_batch_size=2")
+    counted = []
+    for router in trainer.model.routers():
+        update = router.update_bias
+        router.update_bias = lambda c, rate, update=update: (
+            counted.append(c.clone()),
+            update(c, rate),
+        )
+    batches = trainer.stream.next_step()
+    trainer.stream.restore(make().stream.state())
+    trainer.train_step()
+    routed = 2 * sum(int(batch.info.valid.sum()) for batch in batches)  # top_k = 2
+    assert [int(counts.sum()) for counts in counted] == [routed] * 3
+    for router, counts in zip(trainer.model.routers(), counted, strict=True):
+        load = counts.double()
+        torch.testing.assert_close(router.bias, (0.25 * (load.mean() - load).sign()).float())
+        assert not router.counts.any()
+
+
+def test_evaluation_leaves_no_trace(make, tmp_path):
+    """The mean over all held-out labels; training goes on as if it had not been."""
+    plain, watched = make(), make()
+    with torch.no_grad():
+        batches = list(watched.held_out())
+        total = sum(float(watched.engine.loss(batch)) for batch in batches)
+    labels = sum(batch.valid_labels for batch in batches)
+    assert labels and watched.evaluate() == pytest.approx(total / labels, rel=1e-6)
+    assert plain.train_step()["grad_norm"] == watched.train_step()["grad_norm"]
+    torch.testing.assert_close(weights(watched), weights(plain), rtol=0, atol=0)
+
+
+def test_saves_on_schedule_and_the_last_step_once(make, tmp_path):
+    trainer = make("checkpoint.every=2", "checkpoint.keep=0", "eval.every=3")
+    saved = []
+    save = trainer.store.save
+
+    def watched(step, *args, **kwargs):
+        saved.append((step, len(records(tmp_path))))
+        return save(step, *args, **kwargs)
+
+    trainer.store.save = watched
+    path = trainer.run()
+    assert saved == [(2, 2), (4, 4)]  # the line of a step is there before its checkpoint
+    assert path == tmp_path / "run" / "checkpoints" / "step_00000004"
+    assert ["eval_loss" in record for record in records(tmp_path)] == [False, False, True, False]
+    assert make("checkpoint.every=2").run() is None  # nothing is left to do
+
+
+@pytest.mark.parametrize("more", [[], ["trainer.precision=fp64"], ["engine.bucket_mb=1"]])
+def test_resuming_is_bitwise(make, tmp_path, more):
+    fixed = ["checkpoint.every=2", "checkpoint.keep=0", "schedule.total_steps=4", *more]
+    whole = make(*fixed)
+    whole.run()
+    expected, end = records(tmp_path), weights(whole)
+    resumed = make(*fixed, f"resume={tmp_path / 'run' / 'checkpoints' / 'step_00000002'}")
+    assert [r["step"] for r in records(tmp_path)] == [1, 2]
+    resumed.run()
+    for key in ("step", "loss", "grad_norm", "lr", "tokens", "epoch"):
+        assert [r[key] for r in records(tmp_path)] == [r[key] for r in expected], key
+    torch.testing.assert_close(weights(resumed), end, rtol=0, atol=0)
+
+
+def test_hyperparameters_are_the_configurations(make):
+    make("trainer.steps=2").run()
+    resumed = make("optim.weight_decay=0.7", "optim.betas=[0.5,0.6]")
+    assert resumed.step == 2
+    groups = resumed.engine.optimizer.param_groups
+    assert [group["weight_decay"] for group in groups] == [0.7, 0.0]
+    assert all(tuple(group["betas"]) == (0.5, 0.6) for group in groups)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(make, tmp_path):
+    trainer = make("trainer.steps=3", "checkpoint.every=2")
+    forward, sources = trainer.engine.loss.forward, []
+
+    def poisoned(batch):
+        sources.append(batch.source)
+        return forward(batch) * (math.nan if len(sources) == 10 else 1.0)  # 4 a step
+
+    trainer.engine.loss.forward = poisoned
+    with pytest.raises(TrainingError) as caught:
+        trainer.run()
+    assert str(caught.value) == f"step 3: loss nan, grad_norm nan in batch {sources[9]}"
+    assert [record["step"] for record in records(tmp_path)] == [1, 2]
+    assert trainer.store.resolve("auto").name == "step_00000002"
+
+
+def test_only_a_gradient_that_is_not_finite_stops_it_too(make):
+    trainer = make()
+    before = weights(trainer)
+    trainer.model.norm.weight.register_hook(lambda grad: grad * math.inf)
+    with pytest.raises(TrainingError, match=r"step 1: loss \d.*grad_norm (inf|nan) in batch epoch"):
+        trainer.run()
+    torch.testing.assert_close(weights(trainer), before, rtol=0, atol=0)
+
+
+def test_a_used_folder_is_not_started_over(make):
+    make("trainer.steps=1").run()
+    with pytest.raises(ConfigError, match=r"resume=none: .* already holds checkpoints"):
+        make("resume=none")
+    with pytest.raises(ConfigError, match=r"model.d_model=32"):
+        make("model.d_model=32")

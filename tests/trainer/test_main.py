@@ -1,0 +1,118 @@
+"""The command line: exit codes, the one line of an error, the files of a run."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.trainer.tiny import overrides
+from trainer import main
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch, capfd):
+    """Runs a command line in this process; -> exit code, standard output, lines of errors."""
+    monkeypatch.chdir(tmp_path)
+    # Gone again afterwards: other tests call Hydra too.
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+
+    def train(*arguments: str) -> tuple[int, str, list[str]]:
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main.command("train", main.train)
+        out, err = capfd.readouterr()
+        return stop.value.code, out, err.splitlines()
+
+    return train
+
+
+def test_a_run_from_start_to_end(train, tmp_path):
+    arguments = overrides(tmp_path, "logging.every=2", "eval.every=4")
+    code, out, errors = train(*arguments)
+    assert (code, errors) == (0, [])
+    folder = tmp_path / "run"
+    assert json.loads((folder / "status.json").read_text()) == {"outcome": "done"}
+    assert yaml.safe_load((folder / "config.yaml").read_text())["schedule"]["total_steps"] == 4
+    shown = out.splitlines()
+    assert [line[:8] for line in shown if line.startswith("step ")] == ["step 2/4", "step 4/4"]
+    assert "eval_loss" in out and "mesh" in out and "parameters" in out
+    assert shown[-1] == f"saved {folder / 'checkpoints' / 'step_00000004'}"
+    logged = [line.split(" ", 2)[2] for line in (folder / "train.log").read_text().splitlines()]
+    assert logged == shown
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "documents", "run"]
+    code, out, errors = train(*arguments)
+    assert (code, errors) == (0, []) and "nothing to do: trainer.steps=4 is reached" in out
+
+
+def test_wandb_keeps_its_run_over_resumptions(train, tmp_path):
+    folder = tmp_path / "run"
+    for steps in (1, 2):
+        more = ["logging.wandb=offline", f"trainer.steps={steps}", "schedule.total_steps=2"]
+        assert train(*overrides(tmp_path, *more))[0] == 0
+    runs = list((folder / "wandb").glob("offline-run-*"))
+    assert {path.name.rsplit("-", 1)[1] for path in runs} == {(folder / "wandb_id").read_text()}
+
+
+def test_a_sweep_gives_each_job_a_folder(train, tmp_path):
+    arguments = [a for a in overrides(tmp_path, "trainer.steps=1") if "run_dir" not in a]
+    assert train("--multirun", *arguments, "optim.lr=1e-3,1e-2")[::2] == (0, [])
+    folders = sorted(path.parent for path in (tmp_path / "runs").rglob("status.json"))
+    rates = [yaml.safe_load((path / "config.yaml").read_text())["optim"]["lr"] for path in folders]
+    assert rates == [1e-3, 1e-2]
+    code, out, _ = train("--multirun", *arguments, "optim.lr=1e-3,1e-2")
+    assert code == 0 and out.count("nothing to do") == 2
+
+
+@pytest.mark.parametrize(
+    ("argument", "line"),
+    [
+        ("foo=1", "foo=1: unknown key; allowed: mixer, data, "),
+        ("trainer.stepz=1", "trainer.stepz=1: unknown key; allowed: trainer.steps, "),
+        ("mixer.kda.heads=1", "mixer.kda.heads=1: unknown key; allowed: mixer.kda.num_heads, "),
+        ("+trainer.stepz=1", "trainer.stepz=1: unknown key; allowed: activation_checkpointing, "),
+        ("model=none", "model=none: unknown choice; allowed: kimi_linear, "),
+        ("engine=none", "engine=none: unknown choice; allowed: ddp"),
+        ("trainer.steps=many", "trainer.steps=many: allowed: int"),
+        ("trainer.steps=0", "trainer: steps is 0; allowed: 1 or more"),
+        ("trainer.steps=[1", "'trainer.steps=[1': not understood"),
+        ("trainer.precision=fp8", "trainer.precision=fp8: allowed: fp32, bf16, fp64 or null"),
+        ("optim.lr=${nothing}", "Interpolation key 'nothing' not found; full_key: optim.lr"),
+        ("optim.lr=-1", "optim: lr is -1; allowed: above 0"),
+        ("schedule.decay=2", "schedule: decay is 2; allowed: 0 to 1"),
+        ("parallel.cp=2", "parallel: cp is 2; parallel=single allows 1"),
+        ("data.seq_len=0", "data.seq_len=0: "),
+        ("data.path=/nowhere", "data.path=/nowhere: "),
+        ("model.pattern=[kda,zeta]", "model.pattern names 'zeta'"),
+        ("mixer.gqa.num_kv_heads=3 model=transformer", "mixer.gqa: num_kv_heads is 3"),
+        ("model.vocab_size=10", "model.vocab_size=10: allowed: 320 (tokenizer) or more"),
+        ("logging.wandb=maybe", "logging.wandb=maybe: allowed: off, offline, online"),
+        ("resume=/nowhere", "resume=/nowhere: "),
+        ("init_from=/nowhere", "/nowhere: "),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(train, tmp_path, argument, line):
+    code, _, errors = train(*overrides(tmp_path), *argument.split())
+    assert code == 2
+    assert len(errors) == 1 and errors[0].startswith(f"error: {line}"), errors
+
+
+def test_a_run_that_fails_says_why_and_exits_with_1(train, tmp_path):
+    code, _, errors = train(*overrides(tmp_path, "optim.lr=1e30", "trainer.grad_clip=null"))
+    assert code == 1
+    assert len(errors) == 1 and errors[0].startswith("error: step 2: loss nan")
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status == {"outcome": "failed", "reason": errors[0].removeprefix("error: ")}
+
+
+def test_the_configuration_can_be_shown(train):
+    code, out, _ = train("--cfg", "job", "model=transformer")
+    assert code == 0
+    assert yaml.safe_load(out)["model"]["pattern"] == ["gqa"]
+
+
+def test_every_mixer_is_in_the_configuration(train):
+    _, out, _ = train("--cfg", "job")
+    files = (Path(__file__).parents[2] / "conf" / "mixer").glob("*.yaml")
+    assert set(yaml.safe_load(out)["mixer"]) == {path.stem for path in files}

@@ -1,0 +1,53 @@
+"""A folder belongs to one live run, which leaves its outcome there."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from parallel.mesh import Mesh
+from trainer.errors import ConfigError
+from trainer.run_folder import hold, session
+
+HOLDER = """
+import sys
+from pathlib import Path
+from trainer.run_folder import hold
+with hold(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_run_waits_then_says_who_holds_it(tmp_path):
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        line = f"run_dir={tmp_path}: held by process {other.pid} on "
+        with pytest.raises(ConfigError, match=line), hold(tmp_path, wait=0.3):
+            pass
+        other.kill()
+        with hold(tmp_path, wait=10):  # the kernel frees it, however the process ended
+            pass
+
+
+def test_the_outcome_stands_in_the_folder(tmp_path):
+    mesh = Mesh(device=torch.device("cpu"))
+
+    def status():
+        return json.loads((tmp_path / "status.json").read_text())
+
+    with session(tmp_path, mesh):
+        assert status() == {"outcome": "running"}
+    assert status() == {"outcome": "done"}
+    with pytest.raises(RuntimeError), session(tmp_path, mesh):
+        raise RuntimeError("step 3: loss nan")
+    assert status() == {"outcome": "failed", "reason": "step 3: loss nan"}
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be written"), hold(tmp_path / "file" / "run"):
+        pass

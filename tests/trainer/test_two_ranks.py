@@ -1,0 +1,51 @@
+"""The command line on two ranks: the same losses as one, and a resumed run bitwise the same."""
+
+import json
+
+import pytest
+
+from tests.launch import torchrun
+from tests.trainer.tiny import overrides
+
+
+def records(run_dir) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """run: two ranks, four steps; resumed: its last two again; alone: one process."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    common = overrides(folder, "trainer.precision=fp64", "checkpoint.every=2", "eval.every=2")
+    half = folder / "run" / "checkpoints" / "step_00000002"
+    for ranks, more in (
+        (2, []),
+        (2, [f"run_dir={folder / 'resumed'}", f"resume={half}"]),
+        (1, [f"run_dir={folder / 'alone'}"]),
+    ):
+        run = torchrun(ranks, "scripts/train.py", *common, *more)
+        assert "Warning" not in run.stderr and "error" not in run.stderr, run.stderr
+    return folder
+
+
+@pytest.mark.parametrize("name", ["run", "resumed", "alone"])
+def test_a_run_is_done(folder, name):
+    assert json.loads((folder / name / "status.json").read_text()) == {"outcome": "done"}
+    assert (folder / name / "checkpoints" / "step_00000004").is_dir()
+    assert (folder / name / "train.log").read_text().count("step 4/4") == 1
+
+
+def test_resuming_is_bitwise(folder):
+    whole, resumed = records(folder / "run")[2:], records(folder / "resumed")
+    for key in ("step", "loss", "grad_norm", "lr", "tokens", "epoch"):
+        assert [r[key] for r in resumed] == [r[key] for r in whole], key
+
+
+def test_two_ranks_train_like_one(folder):
+    for two, one in zip(records(folder / "run"), records(folder / "alone"), strict=True):
+        assert two["tokens"] == one["tokens"]
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-9)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-7)
+        assert two.keys() == one.keys()
+        if "eval_loss" in one:
+            assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-9)

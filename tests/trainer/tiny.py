@@ -1,0 +1,46 @@
+"""A configuration so small that a run of a few steps takes about a second."""
+
+from pathlib import Path
+
+from tests.models.build import compose
+
+MODEL = [
+    "model.d_model=16",
+    "model.num_layers=4",
+    "model.ffn.hidden=24",
+    "model.moe.num_experts=4",
+    "model.moe.hidden=8",
+    "model.moe.shared_hidden=8",
+    "mixer.kda.num_heads=2",
+    "mixer.kda.head_dim=8",
+    "mixer.mla.num_heads=2",
+    "mixer.mla.kv_rank=12",
+    "mixer.mla.nope_dim=8",
+    "mixer.mla.rope_dim=4",
+    "mixer.mla.v_dim=8",
+]
+
+
+def overrides(folder: Path, *more: str) -> list[str]:
+    """Trains on a few documents written to `folder`, in folder/run."""
+    documents = folder / "documents"
+    documents.mkdir(exist_ok=True)
+    for i in range(12):
+        (documents / f"{i}.txt").write_text(f"{i}: the quick brown fox " * (i % 4 + 1))
+    return [
+        *MODEL,
+        "data=files",
+        f"data.path={documents}",
+        f"data.cache_dir={folder / 'cache'}",
+        "data.seq_len=48",
+        "data.batch_size=4",
+        "data.eval_fraction=0.3",
+        "trainer.steps=4",
+        "trainer.keep_heap=false",
+        f"run_dir={folder / 'run'}",
+        *more,
+    ]
+
+
+def config(folder: Path, *more: str) -> dict:
+    return compose(overrides(folder, *more))

@@ -1,0 +1,203 @@
+"""From a resolved configuration to the objects of a run: the one place where parts meet.
+
+Configurations are plain dicts here, as in a checkpoint's config.yaml; each section is the keywords
+of one constructor, and what a constructor refuses is a ConfigError with the key's full path.
+"""
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from models.ffn import SwiGLU
+from models.hybrid import HybridLM
+from models.moe import MoE
+from models.ops.select import Ops
+from parallel.activation_checkpoint import apply_activation_checkpointing
+from parallel.mesh import Mesh
+from trainer.checkpoint.store import CheckpointStore
+from trainer.checkpoint.weights import load_weights
+from trainer.console import Console, header
+from trainer.construct import call, construct
+from trainer.data import TrainStream, build_data
+from trainer.engine import Engine, verify_gradient_factor
+from trainer.errors import ConfigError
+from trainer.heap import keep_heap
+from trainer.loop import Sink, Trainer
+from trainer.loss import LanguageModelLoss
+from trainer.metrics import MetricsFile, TensorBoard, Wandb, peak_flops
+from trainer.resume import check_resumable
+from trainer.settings import Evaluation, Logging, Numerics, Saving, Settings, SingleRow
+
+log = logging.getLogger(__name__)
+
+Config = Mapping[str, Any]
+
+
+def build_model(
+    model: Config,
+    mixer: Config,
+    *,
+    vocab_size: int,
+    ops: Ops,
+    device: torch.device | str = "meta",
+) -> HybridLM:
+    """The model of the sections `model` and `mixer`, its parameters not yet initialised.
+
+    vocab_size: the tokenizer's, for a model that does not set its own. Raises ConfigError.
+    """
+    keywords = {k: v for k, v in model.items() if k not in ("name", "ffn", "moe", "vocab_size")}
+    own = model.get("vocab_size") or vocab_size
+    if own < vocab_size:
+        raise ConfigError(f"model.vocab_size={own}: allowed: {vocab_size} (tokenizer) or more")
+    moe = model.get("moe")
+    mixers = {name: construct(mixer[name], f"mixer.{name}", ops=ops) for name in mixer}
+    with torch.device(device):
+        return call(
+            HybridLM,
+            keywords,
+            "model",
+            vocab_size=own,
+            mixers=mixers,
+            ffn=call(SwiGLU, model["ffn"], "model.ffn", partial=True),
+            moe=None if moe is None else call(MoE, moe, "model.moe", partial=True, ops=ops),
+            ops=ops,
+        )
+
+
+def build_ops(section: Config, device: torch.device | str) -> Ops:
+    return call(Ops, section, "ops", device=device)
+
+
+def materialise(model: HybridLM, *, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Gives a model built on the meta device its memory and its initial values.
+
+    These are drawn in fp32 whatever the dtype, so a run in fp64 starts from the same point.
+    """
+    model.to_empty(device=device)
+    model.reset_parameters()
+    model.to(dtype)
+
+
+def parallelize(
+    model: HybridLM,
+    *,
+    mesh: Mesh,
+    dtype: torch.dtype,
+    activation_checkpointing: bool = False,
+    compile: bool = False,
+) -> None:
+    """Makes a model on the meta device ready for training, in place; the order matters.
+
+    Blocks are compiled with their checkpointing, and memory is given to what is left to hold.
+    """
+    if activation_checkpointing:
+        apply_activation_checkpointing(model.layers)
+    if compile:
+        for layer in model.layers:
+            layer.compile()
+    materialise(model, device=mesh.device, dtype=dtype)
+
+
+def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
+    """Everything of a run, up to the state of the checkpoint that it goes on from."""
+    settings: Settings = call(Settings, config["trainer"], "trainer")
+    saving: Saving = call(Saving, config["checkpoint"], "checkpoint")
+    evaluation: Evaluation = call(Evaluation, config["eval"], "eval")
+    call(SingleRow, config["parallel"], "parallel")
+    kept = settings.keep_heap and keep_heap()
+    numerics = Numerics.choose(settings.precision, mesh.device)
+    share: dict[str, Any] = {
+        "micro_batch_size": settings.micro_batch_size,
+        "rank": mesh.rank,
+        "ranks": mesh.ranks,
+    }
+    data = call(build_data, config["data"], "data")
+    stream = TrainStream(data, **share)
+    ops = build_ops(config["ops"], mesh.device)
+    vocab_size = data.tokenizer.vocab_size
+    model = build_model(config["model"], config["mixer"], vocab_size=vocab_size, ops=ops)
+    trainer = Trainer(
+        model=model,
+        engine=build_engine(model, config, settings, numerics, mesh),
+        mesh=mesh,
+        stream=stream,
+        store=CheckpointStore(run_dir / "checkpoints", keep=saving.keep),
+        learning_rate=build_learning_rate(config),
+        steps=settings.steps,
+        grad_clip=math.inf if settings.grad_clip is None else settings.grad_clip,
+        router_bias_rate=settings.router_bias_rate,
+        save_every=saving.every,
+        config=yaml.safe_dump(dict(config), sort_keys=False),
+        held_out=functools.partial(data.eval_batches, **share),
+        eval_every=evaluation.every,
+        eval_batches=evaluation.batches,
+        peak_flops=peak_flops(mesh.device, numerics.precision),
+    )
+    for line in header(config, model, mesh=mesh, ops=ops, numerics=numerics, heap_kept=kept):
+        log.info(line)
+    start_from(trainer, config)
+    trainer.sinks = build_sinks(trainer, config, run_dir)
+    return trainer
+
+
+def build_engine(
+    model: HybridLM, config: Config, settings: Settings, numerics: Numerics, mesh: Mesh
+) -> Engine:
+    """Initialises a model on the meta device and wraps it, its loss and its optimiser."""
+    torch.manual_seed(settings.seed)
+    parallelize(
+        model,
+        mesh=mesh,
+        dtype=numerics.parameters,
+        activation_checkpointing=settings.activation_checkpointing,
+        compile=settings.compile,
+    )
+    loss = LanguageModelLoss(model, tile=settings.loss_tile, autocast=numerics.autocast)
+    optimizer = construct(config["optim"], "optim", model=model)
+    make = functools.partial(construct, config["engine"], "engine", mesh=mesh)
+    verify_gradient_factor(make, mesh)
+    return make(loss=loss, model=model, optimizer=optimizer)
+
+
+def build_learning_rate(config: Config) -> Callable[[int], float]:
+    """From the step to the rate: optim.lr times the schedule."""
+    schedule, peak = construct(config["schedule"], "schedule"), config["optim"]["lr"]
+    schedule(1)  # refuses its values now rather than in the first step
+    return lambda step: peak * schedule(step)
+
+
+def start_from(trainer: Trainer, config: Config) -> None:
+    """A checkpoint to resume, else weights to start from, else the initial values."""
+    resume, init_from = config["resume"], config["init_from"]
+    checkpoint = trainer.store.resolve(resume)
+    if resume == "none" and trainer.store.resolve("auto") is not None:
+        raise ConfigError(
+            "resume=none: run_dir already holds checkpoints; allowed: another run_dir, or auto"
+        )
+    if checkpoint is not None:
+        check_resumable(yaml.safe_load((checkpoint / "config.yaml").read_text()), config)
+        trainer.load(checkpoint)
+        log.info("resumed from %s", checkpoint)
+    elif init_from is not None:
+        load_weights(trainer.model, Path(init_from))
+        log.info("weights from %s", init_from)
+
+
+def build_sinks(trainer: Trainer, config: Config, run_dir: Path) -> list[Sink]:
+    """Files and trackers of the main process; nothing elsewhere."""
+    wanted: Logging = call(Logging, config["logging"], "logging")
+    if not trainer.mesh.main:
+        return []
+    sinks: list[Sink] = [MetricsFile(run_dir / "metrics.jsonl", last_step=trainer.step)]
+    if wanted.tensorboard:
+        sinks.append(TensorBoard(run_dir))
+    if wanted.wandb != "off":
+        sinks.append(Wandb(run_dir, mode=wanted.wandb, project=wanted.project, config=config))
+    sinks.append(Console(steps=trainer.steps, first=trainer.step, every=wanted.every))
+    return sinks

@@ -1,0 +1,113 @@
+"""What a person sees: a header, a progress bar on a terminal, plain lines elsewhere, train.log."""
+
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from models.hybrid import HybridLM
+from models.ops.select import Ops
+from parallel.mesh import Mesh
+from trainer.metrics import Record
+from trainer.settings import Numerics
+
+log = logging.getLogger("trainer")
+
+_OWN = "longhaul"  # marks the handlers that are ours to replace
+
+
+class _AboveBar(logging.StreamHandler):
+    """Writes lines above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=self.stream)
+        self.flush()
+
+
+def configure_logging(*, main: bool, stream: TextIO | None = None) -> None:
+    """Lines of level INFO to `stream` (standard output) on the main process, none elsewhere."""
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if h.name == _OWN]:
+        root.removeHandler(handler)
+        handler.close()
+    _add(_AboveBar(stream or sys.stdout) if main else logging.NullHandler(), "%(message)s")
+    for name in ("trainer", "models", "parallel"):
+        logging.getLogger(name).setLevel(logging.INFO if main else logging.CRITICAL)
+
+
+def log_to_file(path: Path) -> None:
+    """The same lines go to `path` from here on, with the time of each."""
+    _add(logging.FileHandler(path), "%(asctime)s %(message)s")
+
+
+def _add(handler: logging.Handler, pattern: str) -> None:
+    handler.name = _OWN
+    handler.setFormatter(logging.Formatter(pattern))
+    logging.getLogger().addHandler(handler)
+
+
+def header(
+    config: Mapping[str, Any],
+    model: HybridLM,
+    *,
+    mesh: Mesh,
+    ops: Ops,
+    numerics: Numerics,
+    heap_kept: bool,
+) -> list[str]:
+    """What the run is made of."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    rows, seq_len = config["data"]["batch_size"], config["data"]["seq_len"]
+    passes = rows // (config["trainer"]["micro_batch_size"] * mesh.ranks)
+    # Weights, gradients and two moments of AdamW, all as wide as the weights.
+    state = 4 * sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
+    heap = "; freed memory stays in the process" if heap_kept else ""
+    return [
+        f"model   {config['model']['name']}: {total / 1e6:,.1f} M parameters, "
+        f"{model.active_parameters() / 1e6:,.1f} M active, {len(model.layers)} layers "
+        f"[{', '.join(config['model']['pattern'])}]",
+        f"mesh    {mesh.describe()}, {numerics.precision}",
+        f"tokens  {rows} rows x {seq_len:,} = {rows * seq_len:,} a step, "
+        f"{passes} micro-batches a rank",
+        f"ops     {ops.describe()}",
+        f"memory  {state:.2f} GiB of parameters, gradients and optimiser state a rank{heap}",
+    ]
+
+
+class Console:
+    """Progress of a run: a line every `every` steps, and a bar where someone watches."""
+
+    def __init__(self, *, steps: int, first: int, every: int) -> None:
+        self._steps, self._every = steps, every
+        watched = sys.stderr.isatty()
+        self._bar = tqdm(total=steps, initial=first, disable=not watched, unit="step")
+
+    def log(self, record: Record) -> None:
+        step = int(record["step"] or 0)
+        self._bar.update(step - self._bar.n)
+        self._bar.set_postfix(loss=f"{record['loss']:.4f}")
+        if step % self._every == 0 or step == self._steps or "eval_loss" in record:
+            log.info(format_line(record, self._steps))
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def format_line(record: Record, steps: int) -> str:
+    parts = [
+        f"step {record['step']:>{len(str(steps))}}/{steps}",
+        f"loss {record['loss']:.4f}",
+        f"grad_norm {record['grad_norm']:.3f}",
+        f"lr {record['lr']:.2e}",
+        f"{record['tokens_per_second']:,.0f} tokens/s",
+        f"{record['tflops_per_device']:.3g} TFLOP/s",
+        f"{record['peak_memory_gib']:.2f} GiB",
+    ]
+    if record.get("mfu") is not None:
+        parts.insert(-1, f"mfu {record['mfu']:.1%}")
+    if record.get("eval_loss") is not None:
+        parts.append(f"eval_loss {record['eval_loss']:.4f}")
+    return "  ".join(parts)

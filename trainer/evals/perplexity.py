@@ -1,0 +1,27 @@
+"""Token-mean loss on a source of documents, each token with a predecessor scored once."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from parallel.collectives import sum_over_ranks
+from parallel.mesh import Mesh
+from trainer.batch import Batch
+from trainer.loss import LanguageModelLoss
+
+
+@torch.no_grad()
+def run(loss: LanguageModelLoss, batches: Iterable[Batch], mesh: Mesh) -> dict[str, float]:
+    """loss in nats a token, perplexity, and the number of tokens scored, over all ranks.
+
+    batches: this rank's share. Perplexity is infinite where its exponent overflows.
+    """
+    total = torch.zeros(2, dtype=torch.float64)  # loss, tokens
+    for batch in batches:
+        total[0] += loss(batch.to(mesh.device)).cpu()
+        total[1] += batch.valid_labels
+    nats, tokens = sum_over_ranks(total, mesh.group).tolist()
+    mean = nats / tokens if tokens else math.nan
+    perplexity = math.exp(mean) if mean < 700 else math.inf
+    return {"loss": mean, "perplexity": perplexity, "tokens": int(tokens)}

@@ -1,0 +1,32 @@
+"""A trained model and the name of its tokenizer, from any folder with weights."""
+
+from pathlib import Path
+
+import torch
+
+from models.hybrid import HybridLM
+from models.ops.select import Ops
+from trainer.build import build_model
+from trainer.checkpoint.weights import load_weights, open_weights
+
+
+def load_model(
+    checkpoint: str, *, ops: Ops, device: torch.device, dtype: torch.dtype, vocab_size: int
+) -> HybridLM:
+    """The model, ready for inference; vocab_size: the tokenizer's, which it must hold.
+
+    checkpoint: a checkpoint, a run folder, a native or a Hugging Face folder. Raises ConfigError.
+    """
+    path = Path(checkpoint)
+    sections = open_weights(path).config
+    model = build_model(sections["model"], sections["mixer"], vocab_size=vocab_size, ops=ops)
+    model.to(dtype).to_empty(device=device)
+    load_weights(model, path)
+    return model.eval().requires_grad_(False)
+
+
+def tokenizer_of(checkpoint: str) -> str:
+    """`bytes`, or the folder with the tokenizer that belongs to the weights."""
+    folder = open_weights(Path(checkpoint)).tokenizer_folder
+    named = folder is not None and (folder / "tokenizer.json").exists()
+    return str(folder) if named else "bytes"

@@ -1,0 +1,180 @@
+"""The training loop: what one optimiser step is, and when to evaluate, save and stop."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from models.hybrid import HybridLM
+from parallel.collectives import gather_objects, sum_over_ranks
+from parallel.mesh import Mesh
+from trainer.batch import Batch
+from trainer.checkpoint.store import CheckpointStore
+from trainer.data import TrainStream
+from trainer.engine import Engine
+from trainer.errors import TrainingError
+from trainer.metrics import Record, peak_memory_gib
+
+log = logging.getLogger(__name__)
+
+
+class Sink(Protocol):
+    """Where the record of a step goes."""
+
+    def log(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """Trains `model` through `engine` from behind `step` to `steps`, steps counted from 1.
+
+    learning_rate: from the step to the rate; held_out: fresh evaluation batches of this rank;
+    sinks get every record before the step's checkpoint is published.
+    """
+
+    model: HybridLM
+    engine: Engine
+    mesh: Mesh
+    stream: TrainStream
+    store: CheckpointStore
+    learning_rate: Callable[[int], float]
+    steps: int
+    step: int = 0
+    grad_clip: float = math.inf
+    router_bias_rate: float = 0.0
+    save_every: int = 0
+    config: str = ""  # of the run, for its checkpoints
+    held_out: Callable[[], Iterable[Batch]] = list
+    eval_every: int = 0
+    eval_batches: int | None = None
+    peak_flops: float | None = None
+    sinks: list[Sink] = field(default_factory=list)
+
+    def run(self) -> Path | None:
+        """-> the last checkpoint written, None if there was no step to do.
+
+        Raises TrainingError naming step and batch if loss or gradients are not finite; no
+        parameter has changed then, and no file.
+        """
+        saved = None
+        try:
+            while self.step < self.steps:
+                record = self.train_step()
+                if self._due(self.eval_every):
+                    record["eval_loss"] = self.evaluate()
+                for sink in self.sinks:
+                    sink.log(record)
+                if self._due(self.save_every) or self.step == self.steps:
+                    saved = self.save()
+        finally:
+            for sink in self.sinks:
+                sink.close()
+        return saved
+
+    def train_step(self) -> Record:
+        """One optimiser step over the micro-batches of all ranks; -> its record."""
+        start, epoch = time.perf_counter(), self.stream.epoch
+        batches = self.stream.next_step()
+        labels, tokens, context = self._sum([_extent(batch) for batch in batches])
+        losses = []
+        for i, batch in enumerate(batches, start=1):
+            last = i == len(batches)
+            batch = batch.to(self.mesh.device)
+            losses.append(self.engine.accumulate(batch, 1 / max(labels, 1), last=last))
+        local = torch.stack(losses).double()
+        loss = float(sum_over_ranks(local.sum(), self.mesh.group)) / max(labels, 1)
+        norm = self.engine.clip_grad_norm(self.grad_clip)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._stop(loss, norm, batches, local)
+        self.step += 1
+        rate = self.learning_rate(self.step)
+        self.engine.step(rate)
+        self._balance_experts()
+        seconds = time.perf_counter() - start
+        flops = 3 * tokens * self.model.flops_per_token(context / max(tokens, 1))
+        achieved = flops / seconds / self.mesh.ranks
+        return {
+            "step": self.step,
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": rate,
+            "tokens": labels,
+            "tokens_per_second": labels / seconds,
+            "tflops_per_device": achieved / 1e12,
+            "mfu": None if self.peak_flops is None else achieved / self.peak_flops,
+            "peak_memory_gib": peak_memory_gib(self.mesh.device),
+            "seconds": seconds,
+            "epoch": epoch,
+        }
+
+    def evaluate(self) -> float | None:
+        """Mean loss of a token of the held-out documents; None if there is none."""
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        labels = 0
+        for batch in islice(self.held_out(), self.eval_batches):
+            total += self.engine.evaluate(batch.to(self.mesh.device))
+            labels += batch.valid_labels
+        (labels,) = self._sum([(labels,)])
+        return float(sum_over_ranks(total, self.mesh.group)) / labels if labels else None
+
+    def save(self) -> Path:
+        progress = {"step": self.step, "stream": self.stream.state()}
+        path = self.store.save(
+            self.step, self.engine.state(), progress=progress, config=self.config
+        )
+        log.info("saved %s", path)
+        return path
+
+    def load(self, checkpoint: Path) -> None:
+        """Goes on where the checkpoint was written."""
+        state = self.engine.state()
+        progress = self.store.load(checkpoint, state)
+        self.engine.load_state(state)
+        self.stream.restore(progress["stream"])
+        self.step = progress["step"]
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _sum(self, counts: list[tuple[int, ...]]) -> list[int]:
+        """Column sums over micro-batches and ranks; on the host, so no device is waited for."""
+        local = torch.tensor(counts, dtype=torch.int64).sum(0)
+        return sum_over_ranks(local, self.mesh.group).tolist()
+
+    def _balance_experts(self) -> None:
+        routers = self.model.routers()
+        if not routers:
+            return
+        counts = torch.cat([router.counts for router in routers])
+        sum_over_ranks(counts, self.mesh.group)
+        parts = counts.split([len(router.counts) for router in routers])
+        for router, part in zip(routers, parts, strict=True):
+            router.update_bias(part, self.router_bias_rate)
+            router.counts.zero_()
+
+    def _stop(self, loss: float, norm: float, batches: list[Batch], losses: Tensor) -> None:
+        """Every rank sees the same loss and norm, so every rank gets here."""
+        pairs = [(b.source, x) for b, x in zip(batches, losses.tolist(), strict=True)]
+        everywhere = [pair for part in gather_objects(pairs, self.mesh.group) for pair in part]
+        bad = [source for source, x in everywhere if not math.isfinite(x)]
+        named = bad or [source for source, _ in everywhere]
+        raise TrainingError(
+            f"step {self.step + 1}: loss {loss}, grad_norm {norm} in batch {'; '.join(named)}"
+        )
+
+
+def _extent(batch: Batch) -> tuple[int, int, int]:
+    """Labels, tokens, and tokens seen by these tokens, themselves included; without padding."""
+    runs = [f for row in batch.info.fragments for f in row if not f.padding]
+    tokens = sum(f.length for f in runs)
+    context = sum(f.length * f.position + f.length * (f.length + 1) // 2 for f in runs)
+    return batch.valid_labels, tokens, context

@@ -1,0 +1,181 @@
+"""The commands: compose a configuration, do the job, and end with an exit code that says how.
+
+0 done; 1 the run failed; 2 bad configuration, with one line on standard error.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from parallel import mesh as meshes
+from trainer.build import build_trainer
+from trainer.checkpoint.convert import convert as write_weights
+from trainer.console import configure_logging, log, log_to_file
+from trainer.construct import call
+from trainer.errors import ConfigError, TrainingError
+from trainer.evaluate import run_task, trained_on
+from trainer.generation import write_text
+from trainer.run_folder import session, write_whole
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def command(config_name: str, job: Callable[[dict[str, Any]], object]) -> None:
+    """Runs `job` on conf/<config_name>.yaml with the command line's changes; ends the process."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, instead of printing and exiting with 1
+    register_mixers()
+
+    @hydra.main(version_base=None, config_path=str(CONF), config_name=config_name)
+    def run(config: DictConfig) -> None:
+        # Errors leave as exit codes, since Hydra adds lines of its own to exceptions.
+        with exit_codes(config_name):
+            job(plain(config))
+
+    code: Any = 0
+    try:
+        with exit_codes(config_name):
+            run()
+    except SystemExit as stop:
+        code = stop.code
+    if "RANK" in os.environ:
+        # The threads of a process group can abort a process that Python winds up, all work done.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
+    sys.exit(code)
+
+
+def register_mixers() -> None:
+    """Makes `mixers` of train.yaml: every file of conf/mixer, at mixer.<name>."""
+    names = sorted(path.stem for path in (CONF / "mixer").glob("*.yaml"))
+    defaults = [{f"mixer@mixer.{name}": name} for name in names]
+    ConfigStore.instance().store(name="mixers", node={"defaults": defaults})
+
+
+@contextlib.contextmanager
+def exit_codes(config_name: str) -> Iterator[None]:
+    """Turns what a user can put right, and what ended the run, into one line and an exit code."""
+    try:
+        yield
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a machine: files can be missing
+            print(f"error: {explain(error, config_name)}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except TrainingError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def job_folder() -> str:
+    """A name for this job of a sweep: a repeated sweep finds its jobs, another one does not."""
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode != RunMode.MULTIRUN:
+        return ""
+    job = hydra_config.job
+    return f"{job.num}_{hashlib.sha256(job.override_dirname.encode()).hexdigest()[:8]}"
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The configuration as resolved dicts and lists; raises OmegaConf's errors."""
+    resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
+def train(config: dict[str, Any]) -> None:
+    """One run, from nothing or from its last checkpoint, to its last step."""
+    if config["run_dir"] is None:
+        config["run_dir"] = str(Path("runs", config["model"]["name"], job_folder()))
+    mesh = meshes.join()
+    run_dir = Path(config["run_dir"])
+    configure_logging(main=mesh.main)
+    with session(run_dir, mesh):
+        if mesh.main:
+            log_to_file(run_dir / "train.log")
+        trainer = build_trainer(config, mesh=mesh, run_dir=run_dir)
+        if mesh.main:
+            write_whole(run_dir / "config.yaml", trainer.config)
+        if trainer.run() is None:
+            log.info("nothing to do: trainer.steps=%d is reached", trainer.steps)
+    meshes.leave(mesh)
+
+
+def evaluate(config: dict[str, Any]) -> None:
+    """Prints a task's figures as one JSON object, the last line of standard output."""
+    mesh = meshes.join()
+    configure_logging(main=mesh.main, stream=sys.stderr)
+    given = [override.partition("=")[0] for override in HydraConfig.get().overrides.task]
+    if "data" not in given:
+        changed = [key.removeprefix("data.") for key in given if key.startswith("data.")]
+        own = trained_on(config["checkpoint"]) or {}
+        config["data"] |= {key: value for key, value in own.items() if key not in changed}
+    split = config["split"] or ("all" if "data" in given else "eval")
+    figures = call(run_task, config | {"split": split}, "", mesh=mesh)
+    if mesh.main:
+        print(json.dumps(figures))
+    meshes.leave(mesh)
+
+
+def generate(config: dict[str, Any]) -> None:
+    """Prints the prompt and what the model writes behind it, as it is written."""
+    for text in call(write_text, config, ""):
+        print(text, end="", flush=True)
+    print()
+
+
+def convert(config: dict[str, Any]) -> None:
+    """Prints the folder that was written."""
+    print(call(write_weights, config, ""))
+
+
+def preset(config_name: str, model: str) -> dict[str, Any]:
+    """This command line's configuration with another model, in that model's own pattern."""
+    given = HydraConfig.get().overrides.task
+    kept = [o for o in given if not o.startswith(("model=", "model.pattern="))]
+    return plain(hydra.compose(config_name, [*kept, f"model={model}"]))
+
+
+def explain(error: Exception, config_name: str) -> str:
+    """One line: the key, its value, what is allowed."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        return f"{group}={choice}: unknown choice; allowed: {', '.join(error.options or ())}"
+    if isinstance(error, OverrideParseException):
+        reason = str(error).splitlines()[0]
+        return f"{error.override!r}: not understood ({reason}); allowed: key=value"
+    lines = [line.strip() for line in str(error).splitlines() if "object_type" not in line]
+    if lines and lines[0].startswith("Could not override"):
+        key = lines[0].split("'")[1]
+        value = next((a.partition("=")[2] for a in sys.argv if a.startswith(f"{key}=")), "")
+        allowed = ", ".join(siblings(key, config_name)) or "see --help"
+        return f"{key}={value}: unknown key; allowed: {allowed}"
+    return "; ".join(lines)
+
+
+def siblings(key: str, config_name: str) -> list[str]:
+    """The keys beside `key`, or beside the nearest of its parents that exists."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base=None):
+        config = OmegaConf.to_container(hydra.compose(config_name))
+    section: Any = config
+    path = ""
+    for name in key.split(".")[:-1]:
+        if not isinstance(section.get(name), dict):
+            break
+        section, path = section[name], f"{path}{name}."
+    return [path + name for name in section if not name.startswith("_")]

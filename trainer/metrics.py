@@ -1,0 +1,137 @@
+"""The numbers of a run: metrics.jsonl, tensorboard, wandb, and what the machine says of itself."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+from uuid import uuid4
+
+import torch
+
+Record = dict[str, float | int | None]
+
+# Dense bf16 matrix FLOP/s from the vendors' data sheets; the first key found in the name counts.
+_PEAKS = {
+    "B300": 2250e12,
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "MI355X": 2500e12,
+    "MI325X": 1307e12,
+    "MI300X": 1307e12,
+}
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """The device's matrix FLOP/s; None where it is not known, as for every CPU and for fp32."""
+    if device.type != "cuda" or precision != "bf16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in _PEAKS.items() if key in name), None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory held so far: allocated on CUDA, resident in the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    # Not getrusage: its maximum starts from that of the process which launched this one.
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+
+
+class MetricsFile:
+    """metrics.jsonl: one line per optimiser step, each written at once."""
+
+    def __init__(self, path: Path, *, last_step: int) -> None:
+        """Keeps the lines up to `last_step`, cuts the others and what a crash left half-written."""
+        keep = _intact_bytes(path, last_step) if path.exists() else 0
+        self._file = path.open("ab", buffering=0)
+        self._file.truncate(keep)
+
+    def log(self, record: Record) -> None:
+        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+
+    def close(self) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def _intact_bytes(path: Path, last_step: int) -> int:
+    size = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                intact = line.endswith(b"\n") and json.loads(line)["step"] <= last_step
+            except (ValueError, KeyError, TypeError):
+                intact = False
+            if not intact:
+                break
+            size += len(line)
+    return size
+
+
+class Tracker(Protocol):
+    def log(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    def __init__(self, run_dir: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def log(self, record: Record) -> None:
+        step = int(record["step"] or 0)
+        for name, value in record.items():
+            if name != "step" and value is not None:
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """One wandb run over all resumptions: its id stands in the run folder."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        mode: Literal["offline", "online"],
+        project: str,
+        config: Mapping[str, Any],
+    ) -> None:
+        import wandb
+
+        id_file = run_dir / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(uuid4().hex[:8])
+        self._run = wandb.init(
+            id=id_file.read_text().strip(),
+            resume="allow",
+            mode=mode,
+            project=project,
+            name=run_dir.name,
+            dir=run_dir,
+            config=dict(config),
+        )
+
+    def log(self, record: Record) -> None:
+        step = int(record["step"] or 0)
+        values = {k: v for k, v in record.items() if k != "step" and v is not None}
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        self._run.finish()

@@ -1,0 +1,47 @@
+"""What may change when a run goes on, and what may not.
+
+Steps, engine, parallelism, micro-batches, optimiser settings, checkpoint, logging and evaluation
+may. What decides the weights' shape or the stream of data may not; the stream itself finds out
+whether the tokens behind the same configuration are others.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from trainer.errors import ConfigError
+
+_FIXED = ("data.tokenizer", "data.seq_len", "data.batch_size", "trainer.seed")
+
+
+def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Raises ConfigError naming the first key that a resumed run may not change."""
+    before, now = _identity(saved), _identity(current)
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise ConfigError(
+                f"{key}={now.get(key)}: the checkpoint was written with {before.get(key)}; "
+                "allowed on resume: the same, or resume=none with another run_dir"
+            )
+
+
+def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    model, mixers = config["model"], config["mixer"]
+    sections = {
+        "model": {k: v for k, v in model.items() if k != "name"},
+        "mixer": {name: mixers[name] for name in model["pattern"]},
+    }
+    flat = _flatten(sections)
+    for key in _FIXED:
+        section, name = key.split(".")
+        flat[key] = config[section][name]
+    return flat
+
+
+def _flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

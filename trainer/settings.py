@@ -1,0 +1,93 @@
+"""The sections of the configuration that belong to no constructor, typed and checked."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Precision = Literal["fp32", "bf16", "fp64"]
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """Of a run. bf16 is mixed: matrix products in bf16 over parameters and islands in fp32."""
+
+    precision: Precision
+
+    @classmethod
+    def choose(cls, precision: Precision | None, device: torch.device) -> "Numerics":
+        """Without a choice: bf16 on CUDA, fp32 elsewhere."""
+        return cls(precision or ("bf16" if device.type == "cuda" else "fp32"))
+
+    @property
+    def parameters(self) -> torch.dtype:
+        return torch.float64 if self.precision == "fp64" else torch.float32
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The dtype of matrix products, where it is not that of the parameters."""
+        return torch.bfloat16 if self.precision == "bf16" else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The section `trainer`."""
+
+    steps: int
+    micro_batch_size: int
+    seed: int
+    precision: Precision | None
+    grad_clip: float | None
+    router_bias_rate: float
+    activation_checkpointing: bool
+    compile: bool
+    loss_tile: int
+    keep_heap: bool
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "micro_batch_size", "loss_tile"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
+        if self.grad_clip is not None and self.grad_clip <= 0:
+            raise ValueError(f"grad_clip is {self.grad_clip}; allowed: above 0, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """The section `checkpoint`."""
+
+    every: int
+    keep: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logging:
+    """The section `logging`."""
+
+    every: int
+    tensorboard: bool
+    wandb: Literal["off", "offline", "online"]
+    project: str
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every is {self.every}; allowed: 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The section `eval`."""
+
+    every: int
+    batches: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SingleRow:
+    """The section `parallel` without context parallelism."""
+
+    cp: int
+
+    def __post_init__(self) -> None:
+        if self.cp != 1:
+            raise ValueError(f"cp is {self.cp}; parallel=single allows 1")
