@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.checks import positive
 from models.sequence import SequenceInfo
 
 
@@ -28,6 +29,7 @@ class SwiGLU(FeedForward):
 
     def __init__(self, d_model: int, *, hidden: int) -> None:
         super().__init__()
+        positive(hidden=hidden)
         self.gate_up = nn.Linear(d_model, 2 * hidden, bias=False)  # gate rows first
         self.down = nn.Linear(hidden, d_model, bias=False)
 

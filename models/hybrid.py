@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from models.checks import positive
 from models.ffn import FeedForward
 from models.mixer import Cache, Mixer
 from models.moe import Router
@@ -71,9 +72,9 @@ class HybridLM(nn.Module):
         residual_block: int | None = None,
     ) -> None:
         super().__init__()
-        _check_pattern(pattern, mixers, num_layers)
-        if residual_block is not None and residual_block < 1:
-            raise ValueError(f"model.residual_block is {residual_block}; it must be >= 1, or null")
+        positive(vocab_size=vocab_size, d_model=d_model, num_layers=num_layers)
+        positive(residual_block=residual_block)
+        _check_pattern(pattern, mixers)
         self.pattern = [pattern[i % len(pattern)] for i in range(num_layers)]
         self.init_std = init_std
 
@@ -151,11 +152,9 @@ class HybridLM(nn.Module):
         return cast(list[Layer], list(self.layers))
 
 
-def _check_pattern(pattern: Sequence[str], mixers: Mapping[str, object], num_layers: int) -> None:
-    if num_layers < 1:
-        raise ValueError(f"model.num_layers is {num_layers}; it must be at least 1")
+def _check_pattern(pattern: Sequence[str], mixers: Mapping[str, object]) -> None:
     if not pattern:
-        raise ValueError("model.pattern is empty; it must name at least one mixer")
+        raise ValueError("pattern is empty; it must name at least one mixer")
     for name in pattern:
         if name not in mixers:
-            raise ValueError(f"model.pattern names {name!r}; mixers are {sorted(mixers)}")
+            raise ValueError(f"pattern names {name!r}; allowed: {', '.join(sorted(mixers))}")

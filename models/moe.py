@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.checks import positive
 from models.ffn import FeedForward, SwiGLU
 from models.ops.select import Ops
 from models.precision import full_precision, widen
@@ -48,7 +49,7 @@ class Router(nn.Module):
     def __init__(self, d_model: int, *, num_experts: int, top_k: int, scaling: float) -> None:
         super().__init__()
         if not 1 <= top_k <= num_experts:
-            raise ValueError(f"moe.top_k is {top_k}; it must be 1 to num_experts = {num_experts}")
+            raise ValueError(f"top_k is {top_k}; it must be 1 to num_experts = {num_experts}")
         self.top_k, self.scaling = top_k, scaling
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
         self.register_buffer("bias", torch.zeros(num_experts))
@@ -104,6 +105,7 @@ class MoE(FeedForward):
         routed_scaling: float = 1.0,
     ) -> None:
         super().__init__()
+        positive(num_experts=num_experts, hidden=hidden)
         self.router = Router(d_model, num_experts=num_experts, top_k=top_k, scaling=routed_scaling)
         self.experts = Experts(d_model, num_experts=num_experts, hidden=hidden)
         self.shared = SwiGLU(d_model, hidden=shared_hidden) if shared_hidden else None

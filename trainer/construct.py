@@ -38,6 +38,7 @@ def call(
 ) -> Any:
     """`target(**section, **given)`; what is wrong with it becomes a ConfigError under `path`."""
     _check(target, section, path, given, partial)
+    parameters = inspect.signature(target).parameters
 
     @functools.wraps(target, updated=())
     def guarded(*args: Any, **rest: Any) -> Any:
@@ -45,7 +46,9 @@ def call(
             return target(*args, **{**section, **given, **rest})
         except ValueError as error:
             line = str(error)
-            raise ConfigError(line if line.startswith(path) else f"{path}: {line}") from error
+            # Constructors name their keyword first: the user's key is below the section's path.
+            joint = "." if line.partition(" ")[0] in parameters else ": "
+            raise ConfigError(line if line.startswith(path) else f"{path}{joint}{line}") from error
 
     return guarded if partial else guarded()
 

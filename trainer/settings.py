@@ -59,6 +59,11 @@ class Saving:
     every: int
     keep: int
 
+    def __post_init__(self) -> None:
+        for name in ("every", "keep"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 0 or more")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Logging:
@@ -80,6 +85,10 @@ class Evaluation:
 
     every: int
     batches: int | None
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"every is {self.every}; allowed: 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

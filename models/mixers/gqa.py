@@ -5,6 +5,7 @@ B batch, S local seq, H heads.
 
 from torch import Tensor, nn
 
+from models.checks import positive
 from models.mixer import Cache, Mixer, extend
 from models.norm import RMSNorm
 from models.ops.select import Ops
@@ -33,6 +34,7 @@ class GroupedQueryAttention(Mixer):
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
+        positive(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
         if num_heads % num_kv_heads:
             raise ValueError(
                 f"num_kv_heads is {num_kv_heads}; it must divide num_heads = {num_heads}"

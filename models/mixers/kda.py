@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.checks import positive
 from models.mixer import Cache, Mixer
 from models.norm import RMSNorm
 from models.ops.select import Ops
@@ -88,6 +89,7 @@ class KimiDeltaAttention(Mixer):
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
+        positive(num_heads=num_heads, head_dim=head_dim, conv_width=conv_width)
         self.num_heads, self.head_dim, self.conv_width = num_heads, head_dim, conv_width
         inner = num_heads * head_dim
         self.qkv_proj = nn.Linear(d_model, 3 * inner, bias=False)

@@ -7,6 +7,7 @@ DeepSeek-V2, arXiv 2405.04434; without positions (rope_base null) as in Kimi Lin
 import torch
 from torch import Tensor, nn
 
+from models.checks import positive
 from models.mixer import Cache, Mixer, extend
 from models.norm import RMSNorm
 from models.ops.select import Ops
@@ -38,6 +39,8 @@ class MultiHeadLatentAttention(Mixer):
         norm_eps: float = 1e-6,  # of the latent norms; the released models differ here from 1e-5
     ) -> None:
         super().__init__()
+        positive(num_heads=num_heads, kv_rank=kv_rank, nope_dim=nope_dim, rope_dim=rope_dim)
+        positive(v_dim=v_dim, q_rank=q_rank)
         self.num_heads, self.kv_rank = num_heads, kv_rank
         self.nope_dim, self.rope_dim, self.v_dim = nope_dim, rope_dim, v_dim
         q_width = num_heads * (nope_dim + rope_dim)

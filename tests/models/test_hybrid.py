@@ -123,10 +123,13 @@ def test_checkpoint_keys_do_not_depend_on_the_ops():
     ("override", "message"),
     [
         ("model.pattern=[kda,mamba9]", "mamba9"),
-        ("model.pattern=[]", "model.pattern is empty"),
-        ("model.num_layers=0", "model.num_layers is 0"),
+        ("model.pattern=[]", "pattern is empty"),
+        ("model.num_layers=0", "num_layers is 0"),
         ("model.moe.top_k=9", "top_k is 9"),
-        ("model.residual_block=0", "model.residual_block is 0"),
+        ("model.d_model=0", "d_model is 0"),
+        ("model.ffn.hidden=-4", "hidden is -4"),
+        ("mixer.kda.num_heads=0", "num_heads is 0"),
+        ("model.residual_block=0", "residual_block is 0"),
     ],
 )
 def test_bad_models_are_refused_in_one_line(override, message):

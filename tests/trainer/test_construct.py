@@ -38,7 +38,7 @@ def test_partial_completes_later_and_names_its_section():
     made = partial(5)
     assert (made.size, made.width, made.rate) == (5, 3, 2)
     broken = construct({"_target_": TARGET, "_partial_": True, "width": 0}, "mixer.x")
-    with pytest.raises(ConfigError, match=r"^mixer.x: width is 0; allowed: 1 or more$"):
+    with pytest.raises(ConfigError, match=r"^mixer.x.width is 0; allowed: 1 or more$"):
         broken(5)
 
 

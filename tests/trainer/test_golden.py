@@ -1,0 +1,39 @@
+"""Ten losses of every small preset, as text: a refactor changes no line of tests/golden.
+
+To write the files anew after a change that is meant to change training:
+    python -m tests.trainer.test_golden
+"""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from parallel.mesh import Mesh
+from tests.trainer.tiny import config
+from trainer.build import build_trainer
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+MODELS = ("kimi_linear", "kimi_linear_attnres", "transformer", "mla")
+
+
+def losses(model: str, folder: Path) -> list[float]:
+    """fp64: equal to far more digits than are kept, on any machine."""
+    section = config(folder, f"model={model}", "trainer.precision=fp64", "trainer.steps=10")
+    mesh = Mesh(device=torch.device("cpu"))
+    trainer = build_trainer(section, mesh=mesh, run_dir=folder)
+    return [trainer.train_step()["loss"] for _ in range(10)]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_losses_are_the_golden_ones(model, tmp_path):
+    golden = [float(line) for line in (GOLDEN / f"{model}.txt").read_text().split()]
+    assert losses(model, tmp_path) == pytest.approx(golden, rel=1e-6)
+
+
+if __name__ == "__main__":
+    for model in MODELS:
+        with tempfile.TemporaryDirectory() as folder:
+            lines = [f"{loss:.9f}\n" for loss in losses(model, Path(folder))]
+        (GOLDEN / f"{model}.txt").write_text("".join(lines))
