@@ -40,7 +40,8 @@ def cut(x: Tensor, chunk: int) -> Tensor:
     if x.dim() == 3:
         x = x.unsqueeze(-1)
     batch, seq, heads, dim = x.shape
-    x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -seq % chunk))
+    if seq % chunk:
+        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -seq % chunk))
     x = x.view(batch, -1, chunk, heads, dim).permute(1, 0, 3, 2, 4)
     return x.reshape(-1, chunk, dim)
 
