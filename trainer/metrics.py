@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 from uuid import uuid4
 
 import torch
@@ -24,6 +24,7 @@ _PEAKS = {
     "A100": 312e12,
     "A800": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "A10G": 70e12,
     "MI355X": 2500e12,
@@ -78,12 +79,6 @@ def _intact_bytes(path: Path, last_step: int) -> int:
                 break
             size += len(line)
     return size
-
-
-class Tracker(Protocol):
-    def log(self, record: Record) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class TensorBoard:
