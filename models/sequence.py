@@ -45,10 +45,16 @@ class SequenceInfo:
     positions: Tensor  # [batch, seq] int64, inside the own document; 0 at a document start
     valid: Tensor  # [batch, seq] bool, False for padding
     fragments: tuple[tuple[Fragment, ...], ...]  # per row, tiling it from left to right
+    # Under context parallelism the one row of every context rank, this one's included; else empty.
+    peers: tuple[tuple[Fragment, ...], ...] = ()
 
     @classmethod
     def from_fragments(
-        cls, rows: Sequence[Sequence[Fragment]], device: torch.device | str = "cpu"
+        cls,
+        rows: Sequence[Sequence[Fragment]],
+        device: torch.device | str = "cpu",
+        *,
+        peers: tuple[tuple[Fragment, ...], ...] = (),
     ) -> "SequenceInfo":
         """Raises ValueError unless every row holds the same, positive number of tokens."""
         lengths = {sum(fragment.length for fragment in row) for row in rows}
@@ -67,6 +73,7 @@ class SequenceInfo:
             positions=torch.stack([runs(row, "position") for row in rows]).to(device),
             valid=torch.stack(valid).to(device),
             fragments=tuple(tuple(row) for row in rows),
+            peers=peers,
         )
 
     @classmethod
@@ -113,6 +120,7 @@ class SequenceInfo:
             self.positions.to(device, non_blocking=True),
             self.valid.to(device, non_blocking=True),
             self.fragments,
+            self.peers,
         )
 
     def row(self, row: int) -> "SequenceInfo":

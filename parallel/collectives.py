@@ -1,5 +1,9 @@
 """Every collective of the system, none of them a call where there is no group."""
 
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -33,3 +37,110 @@ def gather_objects(item: T, group: dist.ProcessGroup | None) -> list[T]:
 def barrier(group: dist.ProcessGroup | None) -> None:
     """Waits for every rank; on the host, where NCCL's own barrier would guess a device."""
     sum_over_ranks(torch.zeros(1), group)
+
+
+class Traffic:
+    """Bytes that this rank received from others, by (kind, op, direction).
+
+    kind: the collective; op: what it served (softmax, latent, recurrence, conv); direction:
+    forward or backward. `trace`, where it is a list, takes a line per message posted or awaited.
+    """
+
+    def __init__(self) -> None:
+        self.bytes: Counter[tuple[str, str, str]] = Counter()
+        self.trace: list[tuple[str, str]] | None = None
+
+    def take(self) -> Counter[tuple[str, str, str]]:
+        """What was counted since this was last called."""
+        taken, self.bytes = self.bytes, Counter()
+        return taken
+
+    def note(self, event: str, subject: str) -> None:
+        if self.trace is not None:
+            self.trace.append((event, subject))
+
+
+class Pending:
+    """A message under way; `wait` gives the tensor that it fills."""
+
+    def __init__(self, tensor: Tensor, works: list[dist.Work], traffic: Traffic, subject: str):
+        self._tensor, self._works, self._traffic, self._subject = tensor, works, traffic, subject
+
+    def wait(self) -> Tensor:
+        for work in self._works:
+            work.wait()
+        self._works = []
+        self._traffic.note("wait", self._subject)
+        return self._tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """The ranks that share a sequence, or a part of it, in their order on it.
+
+    All messages are started at once and awaited through what they return. The adjoint of each is
+    the same call with its counts swapped (`exchange`), its step negated (`shift`) or the other
+    call (`gather` and `sum_scatter`). Every rank of the axis makes the same calls in the same
+    order, forward and backward.
+    """
+
+    group: dist.ProcessGroup
+    rank: int
+    ranks: int
+    traffic: Traffic
+
+    def exchange(
+        self, x: Tensor, sent: Sequence[int], received: Sequence[int], *, op: str, direction: str
+    ) -> Pending:
+        """x [sum(sent), ...]: rows for rank 0, then for rank 1, ...; -> [sum(received), ...] alike.
+
+        received[r] must be what rank r's sent has for this rank.
+        """
+        out = x.new_empty(sum(received), *x.shape[1:])
+        work = dist.all_to_all_single(
+            out, x.contiguous(), list(received), list(sent), self.group, async_op=True
+        )
+        others = sum(received) - received[self.rank]
+        return self._pending(out, [work], others * _row_bytes(x), "all_to_all", op, direction)
+
+    def shift(self, x: Tensor, rows: int, *, op: str, direction: str, step: int = 1) -> Pending:
+        """Sends x to the rank `step` behind this one on the ring; -> [rows, ...] from that before.
+
+        Nothing is posted for an empty side, so both ends must know the sizes.
+        """
+        out = x.new_empty(rows, *x.shape[1:])
+        to, source = (self.rank + step) % self.ranks, (self.rank - step) % self.ranks
+        messages = []
+        if len(x):
+            to = dist.get_global_rank(self.group, to)
+            messages.append(dist.P2POp(dist.isend, x.contiguous(), to, self.group))
+        if rows:
+            source = dist.get_global_rank(self.group, source)
+            messages.append(dist.P2POp(dist.irecv, out, source, self.group))
+        works = dist.batch_isend_irecv(messages) if messages else []
+        return self._pending(out, works, rows * _row_bytes(x), "shift", op, direction)
+
+    def gather(self, x: Tensor, *, op: str, direction: str) -> Pending:
+        """[n, ...] on every rank -> [ranks x n, ...], in the order of the ranks."""
+        out = x.new_empty(self.ranks * len(x), *x.shape[1:])
+        work = dist.all_gather_into_tensor(out, x.contiguous(), self.group, async_op=True)
+        received = (self.ranks - 1) * len(x) * _row_bytes(x)
+        return self._pending(out, [work], received, "all_gather", op, direction)
+
+    def sum_scatter(self, x: Tensor, *, op: str, direction: str) -> Pending:
+        """[ranks x n, ...] -> [n, ...]: the sum over ranks of this rank's part."""
+        out = x.new_empty(len(x) // self.ranks, *x.shape[1:])
+        work = dist.reduce_scatter_tensor(out, x.contiguous(), group=self.group, async_op=True)
+        received = (self.ranks - 1) * len(out) * _row_bytes(x)
+        return self._pending(out, [work], received, "reduce_scatter", op, direction)
+
+    def _pending(
+        self, out: Tensor, works: list, received: int, kind: str, op: str, direction: str
+    ) -> Pending:
+        self.traffic.bytes[kind, op, direction] += received
+        self.traffic.note("post", f"{op} {kind} {direction}")
+        return Pending(out, works, self.traffic, f"{op} {kind} {direction}")
+
+
+def _row_bytes(x: Tensor) -> int:
+    return math.prod(x.shape[1:]) * x.element_size()
