@@ -32,6 +32,7 @@ class Mixer(nn.Module, ABC):
     """
 
     token_multiple: ClassVar[int] = 1  # every fragment a rank owns holds a multiple of this
+    num_heads: int  # of queries: as many ranks may share its work by heads
 
     @abstractmethod
     def forward(self, x: Tensor, info: SequenceInfo, cache: Cache | None = None) -> Tensor:

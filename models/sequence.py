@@ -246,8 +246,12 @@ class LinearRecurrence(SequenceOp):
     """S_t = A_t S_{t-1} + B_t and o_t = S_t^T q_t: affine in the state, which is the contract.
 
     A document start forgets the state. Hence a segment maps the state S that enters it to
-    T S + U, with T and U its `summary`, and segments compose.
+    T S + U, with T and U its `summary`, and segments compose. Only position 0 forgets: a row
+    whose fragment in mid-row continues another document than the token before it is not for one
+    call, but for one call per document, each with its own initial state.
     """
+
+    transition: type[Transition] = DenseTransition  # the kind of T
 
     @abstractmethod
     def forward(
@@ -271,9 +275,11 @@ class LinearRecurrence(SequenceOp):
     def summary(
         self, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, info: SequenceInfo
     ) -> tuple[Transition, Tensor]:
-        """(T, U) of the whole row: the final state is T initial_state + U, U shaped like a state.
+        """(T, U) of the whole row: the final state is T initial_state + U, U shaped like a state;
+        T is of the kind `transition`, both are fp32 or wider.
 
-        By linearity T is the final state of the identity when nothing is written.
+        By linearity T is the final state of the identity when nothing is written. This default
+        serves dense transitions.
         """
         update = self(k, k, v, log_decay, beta, info).final_state
         eye = torch.eye(k.shape[-1], dtype=update.dtype, device=k.device)
@@ -281,3 +287,23 @@ class LinearRecurrence(SequenceOp):
         nothing = torch.zeros_like(k)
         final = self(k, k, nothing, log_decay, beta, info, initial_state=eye).final_state
         return DenseTransition(final), update
+
+    def state_gradient(
+        self,
+        grad_output: Tensor,
+        grad_state: Tensor,
+        q: Tensor,
+        k: Tensor,
+        log_decay: Tensor,
+        beta: Tensor,
+        info: SequenceInfo,
+    ) -> Tensor:
+        """The gradient of the initial state, from those of the output and of the final state.
+
+        Values play no part in it, as everything is affine in the state.
+        """
+        nothing = torch.zeros_like(grad_output)
+        with torch.enable_grad():
+            state = torch.zeros_like(grad_state).requires_grad_()
+            results = self(q, k, nothing, log_decay, beta, info, initial_state=state)
+        return torch.autograd.grad(results, state, (grad_output, grad_state))[0]

@@ -4,39 +4,44 @@ Each kind travels in its own size: a dense one is a matrix per head, a diagonal 
 scalar one a number. Composition is associative and not commutative.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 
-class Transition(Protocol):
-    """[batch, heads, ...] linear maps on states [batch, heads, key_dim, value_dim]."""
+@dataclass(frozen=True, eq=False)
+class Transition(ABC):
+    """Linear maps on states [batch, heads, key_dim, value_dim]."""
 
-    @property
-    def tensor(self) -> Tensor:
-        """What a message must carry."""
-        ...
+    tensor: Tensor  # [batch, heads, *shape(key_dim)]: what a message must carry
 
+    @staticmethod
+    @abstractmethod
+    def shape(key_dim: int) -> tuple[int, ...]:
+        """Of one head's numbers: known to a receiver before they arrive."""
+
+    @abstractmethod
     def apply(self, state: Tensor) -> Tensor:
         """T S."""
-        ...
 
+    @abstractmethod
     def adjoint(self, grad: Tensor) -> Tensor:
         """T^T G: the gradient of the state that entered, from that of the state that left."""
-        ...
 
+    @abstractmethod
     def compose(self, earlier: Self) -> Self:
         """The map that first does `earlier`, then this."""
-        ...
 
 
-@dataclass(frozen=True, eq=False)
-class DenseTransition:
-    """tensor: [batch, heads, key_dim, key_dim]; the delta rule."""
+class DenseTransition(Transition):
+    """A matrix per head; the delta rule."""
 
-    tensor: Tensor
+    @staticmethod
+    def shape(key_dim: int) -> tuple[int, ...]:
+        return key_dim, key_dim
 
     def apply(self, state: Tensor) -> Tensor:
         return self.tensor @ state
@@ -44,20 +49,30 @@ class DenseTransition:
     def adjoint(self, grad: Tensor) -> Tensor:
         return self.tensor.mT @ grad
 
-    def compose(self, earlier: "DenseTransition") -> "DenseTransition":
-        return DenseTransition(self.tensor @ earlier.tensor)
+    def compose(self, earlier: Self) -> Self:
+        return type(self)(self.tensor @ earlier.tensor)
 
 
-@dataclass(frozen=True, eq=False)
-class DiagonalTransition:
-    """tensor: [batch, heads, key_dim], or [batch, heads, 1] for one decay per head."""
+class DiagonalTransition(Transition):
+    """A decay per key channel."""
 
-    tensor: Tensor
+    @staticmethod
+    def shape(key_dim: int) -> tuple[int, ...]:
+        return (key_dim,)
 
     def apply(self, state: Tensor) -> Tensor:
         return self.tensor.unsqueeze(-1) * state
 
-    adjoint = apply
+    def adjoint(self, grad: Tensor) -> Tensor:
+        return self.apply(grad)
 
-    def compose(self, earlier: "DiagonalTransition") -> "DiagonalTransition":
-        return DiagonalTransition(torch.mul(self.tensor, earlier.tensor))
+    def compose(self, earlier: Self) -> Self:
+        return type(self)(torch.mul(self.tensor, earlier.tensor))
+
+
+class ScalarTransition(DiagonalTransition):
+    """A decay per head."""
+
+    @staticmethod
+    def shape(key_dim: int) -> tuple[int, ...]:
+        return (1,)

@@ -12,11 +12,22 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+# Names since torch 2.13, which warns of the ones before.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The sum over the group, in place and returned; without gradients."""
     if group is not None:
         dist.all_reduce(x, group=group)
+    return x
+
+
+def max_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The largest of the group, in place and returned; without gradients."""
+    if group is not None:
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=group)
     return x
 
 
@@ -123,14 +134,14 @@ class Axis:
     def gather(self, x: Tensor, *, op: str, direction: str) -> Pending:
         """[n, ...] on every rank -> [ranks x n, ...], in the order of the ranks."""
         out = x.new_empty(self.ranks * len(x), *x.shape[1:])
-        work = dist.all_gather_into_tensor(out, x.contiguous(), self.group, async_op=True)
+        work = _all_gather(out, x.contiguous(), self.group, async_op=True)
         received = (self.ranks - 1) * len(x) * _row_bytes(x)
         return self._pending(out, [work], received, "all_gather", op, direction)
 
     def sum_scatter(self, x: Tensor, *, op: str, direction: str) -> Pending:
         """[ranks x n, ...] -> [n, ...]: the sum over ranks of this rank's part."""
         out = x.new_empty(len(x) // self.ranks, *x.shape[1:])
-        work = dist.reduce_scatter_tensor(out, x.contiguous(), group=self.group, async_op=True)
+        work = _reduce_scatter(out, x.contiguous(), group=self.group, async_op=True)
         received = (self.ranks - 1) * len(out) * _row_bytes(x)
         return self._pending(out, [work], received, "reduce_scatter", op, direction)
 

@@ -1,5 +1,12 @@
-"""The processes of a run: which one this is, which device it drives, and its process group."""
+"""The processes of a run: which one this is, which device it drives, and its process groups.
 
+Ranks that share sequences, a context group, are consecutive; those that share a Ulysses group are
+consecutive within it, so that the widest messages stay inside a node:
+
+    rank = (data_rank * ring ranks + ring rank) * ulysses ranks + ulysses rank
+"""
+
+import itertools
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -7,30 +14,66 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from parallel.collectives import barrier
+from parallel.collectives import Axis, Traffic, barrier
+
+_joins = itertools.count()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """`group` is None for a single process: nothing is communicated then."""
+    """`group` is every process of the run, None for a single one: nothing is communicated then.
+
+    Ranks with equal data_rank read the same rows and share their tokens over `context`, which is
+    `ulysses` x `ring`; all three are None where every rank holds whole rows. They count bytes
+    together.
+    """
 
     device: torch.device
     rank: int = 0
     ranks: int = 1
     group: dist.ProcessGroup | None = None
+    context: Axis | None = None
+    ulysses: Axis | None = None
+    ring: Axis | None = None
 
     @property
     def main(self) -> bool:
         """Whether this process writes the files and the lines of the run."""
         return self.rank == 0
 
+    @property
+    def context_ranks(self) -> int:
+        return 1 if self.context is None else self.context.ranks
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.context_ranks
+
+    @property
+    def data_ranks(self) -> int:
+        return self.ranks // self.context_ranks
+
     def describe(self) -> str:
         backend = f", {dist.get_backend(self.group)}" if self.group else ""
-        return f"{self.ranks} x {self.device.type}{backend}"
+        if self.ulysses is None or self.ring is None:
+            return f"{self.ranks} x {self.device.type}{backend}"
+        shape = f"{self.data_ranks} data x {self.ring.ranks} ring x {self.ulysses.ranks} ulysses"
+        return f"{self.ranks} x {self.device.type} = {shape}{backend}"
 
 
-def join(timeout_minutes: float = 30) -> Mesh:
-    """The mesh that torchrun's environment describes; a single process without it."""
+def join(*, timeout_minutes: float = 30, cp: int | None = 1, ulysses: int = 1) -> Mesh:
+    """The mesh that torchrun's environment describes; a single process without it.
+
+    cp: ranks that share a sequence, None for all; ulysses: how many of them are neighbours in a
+    Ulysses group. A rank that waits longer than timeout_minutes for a message gives up.
+    Raises ValueError unless ulysses divides cp and cp the number of ranks, on every rank alike.
+    """
+    ranks = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+    cp = ranks if cp is None else cp
+    if cp < 1 or ranks % cp:
+        raise ValueError(f"cp is {cp}; allowed: a divisor of the run's {ranks} ranks")
+    if ulysses < 1 or cp % ulysses:
+        raise ValueError(f"ulysses is {ulysses}; allowed: a divisor of cp={cp}")
     cuda = torch.cuda.is_available()
     device = torch.device("cpu")
     if cuda:
@@ -40,13 +83,35 @@ def join(timeout_minutes: float = 30) -> Mesh:
         return Mesh(device=device)
     # Counts of tokens are summed on the host, so that no device is waited for.
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    return Mesh(device=device, rank=rank, ranks=ranks, group=dist.group.WORLD)
+    timeout = timedelta(minutes=timeout_minutes)
+    # In a sweep a process joins once per job; a name of its own keeps each from the keys that the
+    # job before it left in torchrun's store.
+    store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(f"join {next(_joins)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
+    axes = _axes(torch.arange(ranks).view(-1, cp // ulysses, ulysses), timeout) if cp > 1 else {}
+    return Mesh(device=device, rank=rank, ranks=ranks, group=dist.group.WORLD, **axes)
 
 
 def leave(mesh: Mesh) -> None:
-    """Waits for every rank, then gives the group up."""
+    """Waits for every rank, then gives the groups up."""
     if mesh.group is not None:
         barrier(mesh.group)
         dist.destroy_process_group()
+
+
+def _axes(ranks: torch.Tensor, timeout: timedelta) -> dict[str, Axis]:
+    """ranks: [data, ring, ulysses]. torch's DeviceMesh would make the same groups, but gives its
+    groups no other time-out than torch's default."""
+    traffic = Traffic()
+    members = {
+        "context": ranks.flatten(1),
+        "ulysses": ranks.flatten(0, 1),
+        "ring": ranks.mT.flatten(0, 1),
+    }
+    axes = {}
+    for name, groups in members.items():
+        group, _ = dist.new_subgroups_by_enumeration(groups.tolist(), timeout=timeout)
+        assert group is not None
+        axes[name] = Axis(group, dist.get_rank(group), groups.shape[1], traffic)
+    return axes

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("models", "parallel", "trainer")
 KERNELS = ("fla", "flash_attn", "triton")
 CONFIGURATION = ("hydra", "omegaconf")
+SEAM = ("models.sequence", "models.ops", "models.precision", "models.transition")  # for `parallel`
 ENTRY = ("trainer/main.py", "trainer/build.py")
 MAX_LINES = 400
 
@@ -38,7 +39,7 @@ def allowed(file: str, name: str) -> bool:
         return not within(name, "torch.distributed", "parallel", "trainer")
     if package == "parallel":
         ours = within(name, *PACKAGES)
-        return not ours or within(name, "parallel", "models.sequence", "models.ops")
+        return not ours or within(name, "parallel", *SEAM)
     return True
 
 

@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.sequence import SequenceInfo
+from models.sequence import Fragment, SequenceInfo
+from parallel.layout import TokenLayout
 
 IGNORE_INDEX = -100  # the label of a token that nothing is to be predicted from
 
@@ -61,6 +62,32 @@ class Batch:
             info=SequenceInfo.from_lengths(lengths, padding=padding),
             valid_labels=int((labels != IGNORE_INDEX).sum()),
             source=source,
+        )
+
+    def documents(self) -> list[Fragment]:
+        """Documents and padding of all rows, one row behind the other in one packed sequence."""
+        _, seq = self.info.shape
+        return [
+            replace(fragment, index=row * seq + fragment.index)
+            for row, fragments in enumerate(self.info.fragments)
+            for fragment in fragments
+        ]
+
+    def shard(self, layout: TokenLayout, rank: int, *, pad_id: int) -> "Batch":
+        """The one row that a context rank holds under a layout of `documents()`."""
+        index = torch.from_numpy(layout.index(rank))
+        padding = index < 0
+
+        def row(x: Tensor, fill: int) -> Tensor:
+            return x.flatten()[index.clamp(min=0)].masked_fill(padding, fill).unsqueeze(0)
+
+        labels = row(self.labels, IGNORE_INDEX)
+        return replace(
+            self,
+            tokens=row(self.tokens, pad_id),
+            labels=labels,
+            info=layout.info(rank),
+            valid_labels=int((labels != IGNORE_INDEX).sum()),
         )
 
     def to(self, device: torch.device | str) -> "Batch":

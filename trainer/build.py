@@ -16,10 +16,12 @@ import yaml
 
 from models.ffn import SwiGLU
 from models.hybrid import HybridLM
+from models.mixer import Mixer
 from models.moe import MoE
 from models.ops.select import Ops
 from parallel.activation_checkpoint import apply_activation_checkpointing
-from parallel.mesh import Mesh
+from parallel.context import apply_context_parallel, build_schemes, heads_needed
+from parallel.mesh import Mesh, join
 from trainer.checkpoint.store import CheckpointStore
 from trainer.checkpoint.weights import load_weights
 from trainer.console import Console, header
@@ -32,7 +34,8 @@ from trainer.loop import Sink, Trainer
 from trainer.loss import LanguageModelLoss
 from trainer.metrics import MetricsFile, TensorBoard, Wandb, peak_flops
 from trainer.resume import check_resumable
-from trainer.settings import Evaluation, Logging, Numerics, Saving, Settings, SingleRow
+from trainer.settings import Evaluation, Logging, Numerics, Parallelism, Saving, Settings
+from trainer.sharder import Sharder
 
 log = logging.getLogger(__name__)
 
@@ -89,13 +92,16 @@ def parallelize(
     *,
     mesh: Mesh,
     dtype: torch.dtype,
+    parallelism: Parallelism,
     activation_checkpointing: bool = False,
     compile: bool = False,
 ) -> None:
     """Makes a model on the meta device ready for training, in place; the order matters.
 
-    Blocks are compiled with their checkpointing, and memory is given to what is left to hold.
+    Blocks are compiled with their schemes and their checkpointing, and memory is given to what is
+    left to hold.
     """
+    share_sequences(model, parallelism, mesh)
     if activation_checkpointing:
         apply_activation_checkpointing(model.layers)
     if compile:
@@ -104,29 +110,82 @@ def parallelize(
     materialise(model, device=mesh.device, dtype=dtype)
 
 
+def share_sequences(model: HybridLM, parallelism: Parallelism, mesh: Mesh) -> None:
+    """Puts the schemes of the configuration into the model, if ranks share sequences.
+
+    Raises ConfigError for an operation without a scheme and for more ranks than heads.
+    """
+    if mesh.context is None or mesh.ulysses is None or mesh.ring is None:
+        return
+    keys = ("softmax", "latent", "recurrence", "scan_ranks", "outer")
+    names = {key: getattr(parallelism, key) for key in keys}
+    schemes = build_schemes(context=mesh.context, ulysses=mesh.ulysses, ring=mesh.ring, **names)
+    try:
+        apply_context_parallel(model, schemes)
+    except ValueError as error:
+        raise ConfigError(f"parallel: {error}") from error
+    for name, mixer in zip(model.pattern, mixers_of(model), strict=True):
+        needed = heads_needed(mixer)
+        if mixer.num_heads < needed:
+            raise ConfigError(
+                f"mixer.{name}.num_heads={mixer.num_heads}: {needed} ranks share the heads; "
+                f"allowed: {needed} heads or more, fewer ranks, or another scheme"
+            )
+
+
+def mixers_of(model: HybridLM) -> list[Mixer]:
+    """In the order of the layers."""
+    return [module for module in model.modules() if isinstance(module, Mixer)]
+
+
+def build_mesh(section: Config) -> Mesh:
+    """The processes of the run in the shape that the section `parallel` gives them."""
+    parallelism: Parallelism = call(Parallelism, section, "parallel")
+    keys = ("cp", "ulysses", "timeout_minutes")
+    return call(join, {key: getattr(parallelism, key) for key in keys}, "parallel")
+
+
+def build_sharder(
+    model: HybridLM, parallelism: Parallelism, mesh: Mesh, *, pad_id: int
+) -> Sharder | None:
+    """What cuts batches for the ranks that share sequences; None where none do."""
+    if mesh.context is None:
+        return None
+    return Sharder(
+        rank=mesh.context.rank,
+        ranks=mesh.context.ranks,
+        strategy=parallelism.layout,
+        multiple=math.lcm(*(mixer.token_multiple for mixer in mixers_of(model))),
+        pad_id=pad_id,
+    )
+
+
 def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
     """Everything of a run, up to the state of the checkpoint that it goes on from."""
     settings: Settings = call(Settings, config["trainer"], "trainer")
     saving: Saving = call(Saving, config["checkpoint"], "checkpoint")
     evaluation: Evaluation = call(Evaluation, config["eval"], "eval")
-    call(SingleRow, config["parallel"], "parallel")
+    parallelism: Parallelism = call(Parallelism, config["parallel"], "parallel")
     kept = settings.keep_heap and keep_heap()
     numerics = Numerics.choose(settings.precision, mesh.device)
     share: dict[str, Any] = {
         "micro_batch_size": settings.micro_batch_size,
-        "rank": mesh.rank,
-        "ranks": mesh.ranks,
+        "rank": mesh.data_rank,
+        "ranks": mesh.data_ranks,
     }
     data = call(build_data, config["data"], "data")
     stream = TrainStream(data, **share)
     ops = build_ops(config["ops"], mesh.device)
     vocab_size = data.tokenizer.vocab_size
     model = build_model(config["model"], config["mixer"], vocab_size=vocab_size, ops=ops)
+    engine = build_engine(model, config, settings, numerics, parallelism, mesh)
+    sharder = build_sharder(model, parallelism, mesh, pad_id=data.tokenizer.pad_id)
     trainer = Trainer(
         model=model,
-        engine=build_engine(model, config, settings, numerics, mesh),
+        engine=engine,
         mesh=mesh,
         stream=stream,
+        sharder=sharder,
         store=CheckpointStore(run_dir / "checkpoints", keep=saving.keep),
         learning_rate=build_learning_rate(config),
         steps=settings.steps,
@@ -139,7 +198,8 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
         eval_batches=evaluation.batches,
         peak_flops=peak_flops(mesh.device, numerics.precision),
     )
-    for line in header(config, model, mesh=mesh, ops=ops, numerics=numerics, heap_kept=kept):
+    facts: dict[str, Any] = {"mesh": mesh, "ops": ops, "numerics": numerics}
+    for line in header(config, model, parallelism=parallelism, heap_kept=kept, **facts):
         log.info(line)
     start_from(trainer, config)
     trainer.sinks = build_sinks(trainer, config, run_dir)
@@ -147,7 +207,12 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
 
 
 def build_engine(
-    model: HybridLM, config: Config, settings: Settings, numerics: Numerics, mesh: Mesh
+    model: HybridLM,
+    config: Config,
+    settings: Settings,
+    numerics: Numerics,
+    parallelism: Parallelism,
+    mesh: Mesh,
 ) -> Engine:
     """Initialises a model on the meta device and wraps it, its loss and its optimiser."""
     torch.manual_seed(settings.seed)
@@ -155,6 +220,7 @@ def build_engine(
         model,
         mesh=mesh,
         dtype=numerics.parameters,
+        parallelism=parallelism,
         activation_checkpointing=settings.activation_checkpointing,
         compile=settings.compile,
     )

@@ -12,7 +12,7 @@ from models.hybrid import HybridLM
 from models.ops.select import Ops
 from parallel.mesh import Mesh
 from trainer.metrics import Record
-from trainer.settings import Numerics
+from trainer.settings import Numerics, Parallelism
 
 log = logging.getLogger("trainer")
 
@@ -56,20 +56,23 @@ def header(
     mesh: Mesh,
     ops: Ops,
     numerics: Numerics,
+    parallelism: Parallelism,
     heap_kept: bool,
 ) -> list[str]:
     """What the run is made of."""
     total = sum(parameter.numel() for parameter in model.parameters())
     rows, seq_len = config["data"]["batch_size"], config["data"]["seq_len"]
-    passes = rows // (config["trainer"]["micro_batch_size"] * mesh.ranks)
+    passes = rows // (config["trainer"]["micro_batch_size"] * mesh.data_ranks)
     # Weights, gradients and two moments of AdamW, all as wide as the weights.
     state = 4 * sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
+    context = [] if mesh.context is None else [f"context {parallelism.describe()}"]
     heap = "; freed memory stays in the process" if heap_kept else ""
     return [
         f"model   {config['model']['name']}: {total / 1e6:,.1f} M parameters, "
         f"{model.active_parameters() / 1e6:,.1f} M active, {len(model.layers)} layers "
         f"[{', '.join(config['model']['pattern'])}]",
         f"mesh    {mesh.describe()}, {numerics.precision}",
+        *context,
         f"tokens  {rows} rows x {seq_len:,} = {rows * seq_len:,} a step, "
         f"{passes} micro-batches a rank",
         f"ops     {ops.describe()}",

@@ -1,21 +1,22 @@
 """Evaluation tasks on a trained model."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from parallel.mesh import Mesh
-from trainer.build import build_ops
+from trainer.batch import Batch
+from trainer.build import build_ops, build_sharder, share_sequences
 from trainer.construct import call
 from trainer.data import build_data
 from trainer.errors import ConfigError
 from trainer.evals import perplexity
 from trainer.load import load_model, tokenizer_of
 from trainer.loss import LanguageModelLoss
-from trainer.settings import Numerics, Settings, SingleRow
+from trainer.settings import Numerics, Parallelism, Settings
 
 TASKS: dict[str, Callable[..., dict[str, float]]] = {"perplexity": perplexity.run}
 
@@ -40,7 +41,7 @@ def run_task(
     if task not in TASKS:
         raise ConfigError(f"task={task}: allowed: {', '.join(TASKS)}")
     settings: Settings = call(Settings, trainer, "trainer")
-    call(SingleRow, parallel, "parallel")
+    parallelism: Parallelism = call(Parallelism, parallel, "parallel")
     numerics = Numerics.choose(settings.precision, mesh.device)
     tokenizer = data["tokenizer"] or tokenizer_of(checkpoint)
     documents = call(build_data, {**data, "tokenizer": tokenizer}, "data")
@@ -55,9 +56,16 @@ def run_task(
     if not chosen:
         raise ConfigError(f"split={split}: the source has no such document; allowed: all")
     log.info("%s: %d documents of data=%s, split %s", task, chosen, data["source"], split)
-    batches = documents.eval_batches(
-        micro_batch_size=settings.micro_batch_size, rank=mesh.rank, ranks=mesh.ranks, split=split
+    share_sequences(model, parallelism, mesh)
+    batches: Iterable[Batch] = documents.eval_batches(
+        micro_batch_size=settings.micro_batch_size,
+        rank=mesh.data_rank,
+        ranks=mesh.data_ranks,
+        split=split,
     )
+    sharder = build_sharder(model, parallelism, mesh, pad_id=documents.tokenizer.pad_id)
+    if sharder is not None:
+        batches = map(sharder, batches)
     loss = LanguageModelLoss(model, tile=settings.loss_tile, autocast=numerics.autocast)
     return TASKS[task](loss, batches, mesh)
 

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from models.hybrid import HybridLM
-from parallel.collectives import gather_objects, sum_over_ranks
+from parallel.collectives import gather_objects, max_over_ranks, sum_over_ranks
 from parallel.mesh import Mesh
 from trainer.batch import Batch
 from trainer.checkpoint.store import CheckpointStore
 from trainer.data import TrainStream
 from trainer.engine import Engine
-from trainer.errors import TrainingError
+from trainer.errors import ConfigError, TrainingError
 from trainer.metrics import Record, peak_memory_gib
+from trainer.sharder import Sharder
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class Sink(Protocol):
 class Trainer:
     """Trains `model` through `engine` from behind `step` to `steps`, steps counted from 1.
 
-    learning_rate: from the step to the rate; held_out: fresh evaluation batches of this rank;
+    learning_rate: from the step to the rate; held_out: fresh evaluation batches of this data rank;
     sinks get every record before the step's checkpoint is published.
     """
 
@@ -45,6 +46,7 @@ class Trainer:
     engine: Engine
     mesh: Mesh
     stream: TrainStream
+    sharder: Sharder | None = None  # where ranks share sequences
     store: CheckpointStore
     learning_rate: Callable[[int], float]
     steps: int
@@ -75,6 +77,8 @@ class Trainer:
                     sink.log(record)
                 if self._due(self.save_every) or self.step == self.steps:
                     saved = self.save()
+            if saved is not None and self.sharder is not None:
+                log.info(self.sharder.describe())
         finally:
             for sink in self.sinks:
                 sink.close()
@@ -83,8 +87,10 @@ class Trainer:
     def train_step(self) -> Record:
         """One optimiser step over the micro-batches of all ranks; -> its record."""
         start, epoch = time.perf_counter(), self.stream.epoch
-        batches = self.stream.next_step()
-        labels, tokens, context = self._sum([_extent(batch) for batch in batches])
+        batches, digest = self.stream.next_step(), 0
+        if self.sharder is not None:
+            batches, digest = self.sharder.step(batches)
+        labels, tokens, context = self._count(batches, digest)
         losses = []
         for i, batch in enumerate(batches, start=1):
             last = i == len(batches)
@@ -102,7 +108,7 @@ class Trainer:
         seconds = time.perf_counter() - start
         flops = 3 * tokens * self.model.flops_per_token(context / max(tokens, 1))
         achieved = flops / seconds / self.mesh.ranks
-        return {
+        record: Record = {
             "step": self.step,
             "loss": loss,
             "grad_norm": norm,
@@ -115,15 +121,22 @@ class Trainer:
             "seconds": seconds,
             "epoch": epoch,
         }
+        if self.mesh.context is not None:
+            received = torch.tensor(self.mesh.context.traffic.take().total())
+            record["comm_bytes"] = int(max_over_ranks(received, self.mesh.group))
+        return record
 
     def evaluate(self) -> float | None:
         """Mean loss of a token of the held-out documents; None if there is none."""
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         labels = 0
         for batch in islice(self.held_out(), self.eval_batches):
+            batch = batch if self.sharder is None else self.sharder(batch)
             total += self.engine.evaluate(batch.to(self.mesh.device))
             labels += batch.valid_labels
-        (labels,) = self._sum([(labels,)])
+        if self.mesh.context is not None:
+            self.mesh.context.traffic.take()  # a record has the bytes of its step only
+        labels = int(sum_over_ranks(torch.tensor(labels), self.mesh.group))
         return float(sum_over_ranks(total, self.mesh.group)) / labels if labels else None
 
     def save(self) -> Path:
@@ -145,10 +158,25 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def _sum(self, counts: list[tuple[int, ...]]) -> list[int]:
-        """Column sums over micro-batches and ranks; on the host, so no device is waited for."""
-        local = torch.tensor(counts, dtype=torch.int64).sum(0)
-        return sum_over_ranks(local, self.mesh.group).tolist()
+    def _count(self, batches: list[Batch], digest: int) -> tuple[int, int, int]:
+        """Labels, tokens and tokens seen, over micro-batches and ranks; on the host, so that no
+        device is waited for.
+
+        digest: of what this rank knows that its context peers must know too. Raises ConfigError on
+        every rank if one group's digests differ, as the next message would never arrive.
+        """
+        local = torch.zeros(3 + 2 * self.mesh.data_ranks, dtype=torch.int64)
+        local[:3] = torch.tensor([_extent(batch) for batch in batches]).sum(0)
+        own = 3 + 2 * self.mesh.data_rank
+        local[own : own + 2] = torch.tensor([digest, digest**2])
+        labels, tokens, context, *sums = sum_over_ranks(local, self.mesh.group).tolist()
+        for data_rank, (total, squares) in enumerate(zip(sums[::2], sums[1::2], strict=True)):
+            if squares * self.mesh.context_ranks != total**2:  # equal just if all terms are
+                raise ConfigError(
+                    f"step {self.step + 1}: the context ranks of data rank {data_rank} planned "
+                    "different layouts; allowed: the same configuration, data and version on each"
+                )
+        return labels, tokens, context
 
     def _balance_experts(self) -> None:
         routers = self.model.routers()

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from parallel import mesh as meshes
-from trainer.build import build_trainer
+from trainer.build import build_mesh, build_trainer
 from trainer.checkpoint.convert import convert as write_weights
 from trainer.console import configure_logging, log, log_to_file
 from trainer.construct import call
@@ -101,7 +101,7 @@ def train(config: dict[str, Any]) -> None:
     """One run, from nothing or from its last checkpoint, to its last step."""
     if config["run_dir"] is None:
         config["run_dir"] = str(Path("runs", config["model"]["name"], job_folder()))
-    mesh = meshes.join()
+    mesh = build_mesh(config["parallel"])
     run_dir = Path(config["run_dir"])
     configure_logging(main=mesh.main)
     with session(run_dir, mesh):
@@ -117,7 +117,7 @@ def train(config: dict[str, Any]) -> None:
 
 def evaluate(config: dict[str, Any]) -> None:
     """Prints a task's figures as one JSON object, the last line of standard output."""
-    mesh = meshes.join()
+    mesh = build_mesh(config["parallel"])
     configure_logging(main=mesh.main, stream=sys.stderr)
     given = [override.partition("=")[0] for override in HydraConfig.get().overrides.task]
     if "data" not in given:

@@ -5,6 +5,9 @@ from typing import Literal
 
 import torch
 
+from parallel.context import AttentionScheme, RecurrenceScheme
+from parallel.layout import Strategy
+
 Precision = Literal["fp32", "bf16", "fp64"]
 
 
@@ -92,11 +95,40 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SingleRow:
-    """The section `parallel` without context parallelism."""
+class Parallelism:
+    """The section `parallel`: the ranks that share a sequence, and how each operation sees it.
 
-    cp: int
+    cp None: all ranks of the run. Without schemes, as in parallel=single, every rank holds whole
+    rows.
+    """
+
+    cp: int | None
+    timeout_minutes: float
+    ulysses: int = 1
+    layout: Strategy = "balanced"
+    softmax: AttentionScheme | None = None
+    latent: AttentionScheme | None = None
+    recurrence: RecurrenceScheme | None = None
+    conv: Literal["halo"] | None = None
+    outer: Literal["ring", "gather"] = "ring"
+    scan_ranks: int = 32
 
     def __post_init__(self) -> None:
-        if self.cp != 1:
-            raise ValueError(f"cp is {self.cp}; parallel=single allows 1")
+        if self.timeout_minutes <= 0:
+            raise ValueError(f"timeout_minutes is {self.timeout_minutes}; allowed: above 0")
+        if self.scan_ranks < 2:
+            raise ValueError(f"scan_ranks is {self.scan_ranks}; allowed: 2 or more")
+        if None in self._schemes.values() and self.cp != 1:
+            raise ValueError(
+                f"cp is {self.cp}; parallel=single allows 1, other groups as many as divide the "
+                "ranks of the run"
+            )
+
+    @property
+    def _schemes(self) -> dict[str, str | None]:
+        return {name: getattr(self, name) for name in ("softmax", "latent", "recurrence", "conv")}
+
+    def describe(self) -> str:
+        """One line for the log."""
+        schemes = " ".join(f"{op}={name}" for op, name in self._schemes.items())
+        return f"{schemes}, layout {self.layout}"

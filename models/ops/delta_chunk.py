@@ -106,6 +106,15 @@ class Segment:
             state = torch.baddbmm(update, transition, state)
         return torch.cat(before), state
 
+    def compose(self, transition: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+        """The segment's map behind an earlier one, [batch x heads, K, K] and [..., K, V]."""
+        size = (-1, update.shape[0])
+        chunks = self.transition.unflatten(0, size), self.update.unflatten(0, size)
+        for through, written in zip(*(x.unbind(0) for x in chunks), strict=True):
+            transition = through @ transition
+            update = torch.baddbmm(written, through, update)
+        return transition, update
+
     def output(self, states: Tensor) -> Tensor:
         """[X, C, V]."""
         written = torch.baddbmm(self.u, self.w, states, alpha=-1)
@@ -148,6 +157,10 @@ class Segment:
         grad_k.addcmul_(grad_k_out, self.suffix)
         grads = Inputs(grad_q, grad_k, beta * from_u, grad_log_decay, grad_beta.unsqueeze(-1))
         return grads, grad_state
+
+    def state_gradient(self, grad_output: Tensor, grad_state: Tensor) -> Tensor:
+        """Gradient of the state that entered alone, as `backward` would give it."""
+        return self._states_backward(grad_output, self.qk.mT @ grad_output, grad_state)[1]
 
     def _states_backward(
         self, grad_output: Tensor, grad_written: Tensor, grad_state: Tensor

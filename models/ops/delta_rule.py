@@ -6,12 +6,15 @@ Kimi Linear, arXiv 2510.26692; WY form of the chunks as in Gated DeltaNet, arXiv
 `TokenLoopDeltaRule` is the definition. `ChunkedDeltaRule` is its fast form in plain PyTorch.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from models.ops.delta_chunk import Inputs, Segment, cut, join
 from models.precision import full_precision, widen
 from models.sequence import LinearRecurrence, Recurrent, SequenceInfo
+from models.transition import DenseTransition
 
 
 class TokenLoopDeltaRule(LinearRecurrence):
@@ -75,6 +78,49 @@ class ChunkedDeltaRule(LinearRecurrence):
             )
         return Recurrent(output.to(dtype), state)
 
+    def summary(
+        self, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, info: SequenceInfo
+    ) -> tuple[DenseTransition, Tensor]:
+        """Composes the maps of the chunks: no outputs. Without gradients."""
+        with full_precision(k), torch.no_grad():
+            k, v, log_decay, beta = (widen(x) for x in (k, v, log_decay, beta))
+            update = _initial(None, k, v).flatten(0, 1)
+            eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
+            transition = eye.expand(len(update), -1, -1)
+            for work, _ in self._segments((k, k, v, log_decay, beta), info):
+                transition, update = work.compose(transition, update)
+        state = (k.shape[0], k.shape[2])
+        return DenseTransition(transition.unflatten(0, state)), update.unflatten(0, state)
+
+    def state_gradient(
+        self,
+        grad_output: Tensor,
+        grad_state: Tensor,
+        q: Tensor,
+        k: Tensor,
+        log_decay: Tensor,
+        beta: Tensor,
+        info: SequenceInfo,
+    ) -> Tensor:
+        """The reverse scan of the backward alone. Without gradients."""
+        with full_precision(q), torch.no_grad():
+            inputs = tuple(widen(x) for x in (q, k, grad_output, log_decay, beta))
+            grad = widen(grad_state).flatten(0, 1)
+            for work, part in self._segments(inputs, info, backwards=True):
+                grad = work.state_gradient(cut(inputs[2][:, part], self.chunk), grad)
+        return grad.view_as(grad_state)
+
+    def _segments(
+        self, inputs: tuple[Tensor, ...], info: SequenceInfo, *, backwards: bool = False
+    ) -> Iterator[tuple[Segment, slice]]:
+        parts = _parts(inputs[0].shape[1], self.segment * self.chunk)
+        for part in reversed(parts) if backwards else parts:
+            yield _segment(inputs, info.positions == 0, part, self.chunk), part
+
+
+def _parts(seq: int, segment: int) -> list[slice]:
+    return [slice(i, min(i + segment, seq)) for i in range(0, seq, segment)]
+
 
 def _initial(state: Tensor | None, k: Tensor, v: Tensor) -> Tensor:
     if state is not None:
@@ -89,7 +135,7 @@ class _Chunked(torch.autograd.Function):
     def forward(ctx, q, k, v, log_decay, beta, state, starts, chunk, segment):
         inputs = (q, k, v, log_decay, beta)
         batch, seq, heads, _ = q.shape
-        ctx.parts = [slice(i, min(i + segment, seq)) for i in range(0, seq, segment)]
+        ctx.parts = _parts(seq, segment)
         ctx.chunk = chunk
         entering, outputs = [], []
         final = state.flatten(0, 1)

@@ -47,10 +47,17 @@ class MaterialisedLatent(LatentAttention):
             values = latent.unsqueeze(2)
             mixed = self.few_queries(q, keys, values, info, key_info=key_info, scale=scale)
             return torch.einsum("bshr,hvr->bshv", mixed, value_up)
-        up = F.linear(latent, up_weight.flatten(0, 1)).unflatten(-1, up_weight.shape[:2])
-        shared = shared_key.unsqueeze(2).expand(-1, -1, up.shape[2], -1)
-        k = torch.cat([up[..., :nope], shared], dim=-1)
-        return self.softmax(q, k, up[..., nope:], info, key_info=key_info, scale=scale)
+        k, v = keys_and_values(latent, shared_key, up_weight, nope)
+        return self.softmax(q, k, v, info, key_info=key_info, scale=scale)
+
+
+def keys_and_values(
+    latent: Tensor, shared_key: Tensor, up_weight: Tensor, nope: int
+) -> tuple[Tensor, Tensor]:
+    """What the latents stand for: k [batch, key_seq, heads, nope + rope] and v [..., v_dim]."""
+    up = F.linear(latent, up_weight.flatten(0, 1)).unflatten(-1, up_weight.shape[:2])
+    shared = shared_key.unsqueeze(2).expand(-1, -1, up.shape[2], -1)
+    return torch.cat([up[..., :nope], shared], dim=-1), up[..., nope:]
 
 
 def absorbs(seq: int, key_seq: int, nope: int, v_dim: int, rank: int) -> bool:

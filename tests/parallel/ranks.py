@@ -17,7 +17,7 @@ import torch.distributed as dist
 from parallel.collectives import Axis, Traffic
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "parallel.collectives"])
+_CONTEXT.set_forkserver_preload(["parallel.collectives", "models.ops.softmax"])
 
 
 def on_ranks(ranks: int, check: Callable[..., None], *args: object, seconds: float = 120) -> None:

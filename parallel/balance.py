@@ -1,0 +1,200 @@
+"""The balanced layout: documents whole on a rank where they fit, the rest cut to even the work.
+
+Ranks hold equally many tokens. Subject to that, as few tokens as possible are in documents that are
+cut, and then the softmax area is even and fragments are few: a document on one rank sends nothing
+at all, and a recurrence sends a state per fragment. Finding the fewest is bin packing; two greedy
+orders and exchanges between documents get close.
+
+A rank takes two mirrored pieces of a long document, the zigzag: whatever its share of the tokens,
+its share of the area is the same then, so shares may follow the room that whole documents left.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from models.sequence import Fragment
+
+# A cut document of less than this part of a rank's area stays in as few runs as possible: it moves
+# the balance by 3% at most, which is not worth the fragments of a zigzag.
+_SMALL = 32
+
+
+class _Bins:
+    """Whole documents by rank, in order of length, and the tokens that each rank has left."""
+
+    def __init__(self, ranks: int, size: int) -> None:
+        self.held: list[list[Fragment]] = [[] for _ in range(ranks)]
+        self.room = [size] * ranks
+        self.squares = [0] * ranks  # of the lengths: twice the area
+
+    def with_room(self, length: int) -> list[int]:
+        return [rank for rank, room in enumerate(self.room) if room >= length]
+
+    def put(self, rank: int, document: Fragment) -> None:
+        insort(self.held[rank], document, key=_length)
+        self._count(rank, document, 1)
+
+    def take(self, rank: int, place: int) -> Fragment:
+        document = self.held[rank].pop(place)
+        self._count(rank, document, -1)
+        return document
+
+    def _count(self, rank: int, document: Fragment, sign: int) -> None:
+        self.room[rank] -= sign * document.length
+        self.squares[rank] += sign * document.length**2
+
+
+def balance(
+    documents: Sequence[Fragment], tokens: int, ranks: int, multiple: int
+) -> list[list[Fragment]]:
+    """-> fragments by rank, in no order; no rank holds more than its part of `tokens`, or, where
+    `multiple` leaves gaps, a few multiples beyond it."""
+    ordered = sorted(documents, key=lambda d: (-d.length, d.index))
+    size = -(-tokens // ranks)
+    size += -size % multiple
+    while True:
+        plans = []
+        for choose in (_even_area(ordered, size), _tightest):
+            bins, cut = _pack(ordered, ranks, size, choose)
+            rows = _cut_up(cut, bins, multiple)
+            if rows is not None:
+                plans.append((_cost(cut, rows), rows))
+        if plans:
+            return min(plans, key=lambda plan: plan[0])[1]
+        size += multiple
+
+
+def _length(document: Fragment) -> int:
+    return document.length
+
+
+def _cost(cut: list[Fragment], rows: list[list[Fragment]]) -> tuple[int, int, int]:
+    """Tokens in cut documents, twice the largest area, fragments."""
+    areas = [sum(f.length * (2 * f.position + f.length) for f in row) for row in rows]
+    return sum(map(_length, cut)), max(areas), sum(map(len, rows))
+
+
+Choice = Callable[[_Bins, int], int]  # the rank, of those with room, for a document of this length
+
+
+def _tightest(bins: _Bins, length: int) -> int:
+    return min(bins.with_room(length), key=lambda rank: bins.room[rank])
+
+
+def _even_area(ordered: Sequence[Fragment], size: int) -> Choice:
+    """Evens what the areas will be once documents that no rank can hold have filled the room.
+
+    A token of those adds sum(length^2) / sum(length) to twice the area, in the mean.
+    """
+    long = [document.length for document in ordered if document.length > size]
+    tokens, squares = max(sum(long), 1), sum(length**2 for length in long)
+    # A whole document takes the place of tokens that cost more, if there are any.
+    sign = -1 if long else 1
+
+    def choose(bins: _Bins, length: int) -> int:
+        def key(rank: int) -> tuple[int, int]:
+            ahead = bins.squares[rank] * tokens + bins.room[rank] * squares
+            return sign * ahead, -bins.room[rank]
+
+        return min(bins.with_room(length), key=key)
+
+    return choose
+
+
+def _pack(
+    ordered: Sequence[Fragment], ranks: int, size: int, choose: Choice
+) -> tuple[_Bins, list[Fragment]]:
+    """Whole documents in ranks of `size` tokens, and the documents that remain, longest first."""
+    bins = _Bins(ranks, size)
+    cut = []
+    for document in ordered:
+        if max(bins.room) >= document.length:
+            bins.put(choose(bins, document.length), document)
+        else:
+            cut.append(document)
+    return _settle(bins, cut)
+
+
+def _settle(bins: _Bins, cut: list[Fragment]) -> tuple[_Bins, list[Fragment]]:
+    """Documents to cut change places with shorter ones until that brings nothing any more."""
+    pending, cut = cut, []
+    while pending:
+        document = pending.pop()
+        fitting = bins.with_room(document.length)
+        if fitting:
+            bins.put(min(fitting, key=lambda rank: bins.room[rank]), document)
+            continue
+        shorter = _exchange(document, bins)
+        (cut if shorter is document else pending).append(shorter)
+    return bins, sorted(cut, key=lambda d: (-d.length, d.index))
+
+
+def _exchange(document: Fragment, bins: _Bins) -> Fragment:
+    """Puts the document in the place of a shorter one, of the shortest that leaves enough room;
+    -> what has no place then."""
+    places = []
+    for rank, (held, room) in enumerate(zip(bins.held, bins.room, strict=True)):
+        place = bisect_left(held, document.length - room, key=_length)
+        if place < len(held) and held[place].length < document.length:
+            places.append((held[place].length, rank, place))
+    if not places:
+        return document
+    _, rank, place = min(places)
+    shorter = bins.take(rank, place)
+    bins.put(rank, document)
+    return shorter
+
+
+def _cut_up(cut: list[Fragment], bins: _Bins, multiple: int) -> list[list[Fragment]] | None:
+    """The rows, the room filled with pieces of the documents to cut; None if it is too little."""
+    rows = [list(held) for held in bins.held]
+    room = [tokens // multiple for tokens in bins.room]
+    if sum(_units(document, multiple) for document in cut) > sum(room):
+        return None
+    squares = sum(bins.squares) + sum(document.length**2 for document in cut)
+    for document in cut:
+        units = _units(document, multiple)
+        if document.length**2 * len(rows) * _SMALL > squares:
+            pieces = _zigzag(units, room)
+        else:
+            pieces = _few(units, room)
+        position = 0
+        for rank, count in pieces:
+            room[rank] -= count
+            length = min(count * multiple, document.length - position)
+            if length:
+                index = document.index + position
+                rows[rank].append(replace(document, length=length, index=index, position=position))
+            position += length
+    return rows
+
+
+def _units(document: Fragment, multiple: int) -> int:
+    return -(-document.length // multiple)
+
+
+def _zigzag(units: int, room: list[int]) -> list[tuple[int, int]]:
+    """(rank, units), from the document's start on: two mirrored pieces a rank, by its room."""
+    shares = [units * free // sum(room) for free in room]
+    # Rounding left fewer units than there are ranks with more room than share.
+    by_rest = sorted(range(len(room)), key=lambda rank: (-(units * room[rank] % sum(room)), rank))
+    for rank in by_rest[: units - sum(shares)]:
+        shares[rank] += 1
+    front = [(rank, share // 2) for rank, share in enumerate(shares)]
+    back = [(rank, share - share // 2) for rank, share in enumerate(shares)]
+    return front + back[::-1]
+
+
+def _few(units: int, room: list[int]) -> list[tuple[int, int]]:
+    """(rank, units), from the document's start on: in as few runs as there can be."""
+    pieces = []
+    free = list(room)
+    while units:
+        enough = [rank for rank, tokens in enumerate(free) if tokens >= units]
+        rank = min(enough, key=free.__getitem__) if enough else free.index(max(free))
+        count = min(units, free[rank])
+        pieces.append((rank, count))
+        free[rank] -= count
+        units -= count
+    return pieces

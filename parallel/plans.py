@@ -1,0 +1,125 @@
+"""Who holds what and who sees what under context parallelism: integers on the host.
+
+Everything here derives from `SequenceInfo.peers`, the fragments of every context rank, so that all
+ranks plan the same messages without asking each other or a device.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from models.sequence import Fragment, SequenceInfo
+
+Row = tuple[Fragment, ...]
+
+
+def own_rank(info: SequenceInfo) -> int:
+    """This rank's place among `info.peers`.
+
+    Raises ValueError unless the one row of `info` is among them.
+    """
+    if info.shape[0] != 1 or info.fragments[0] not in info.peers:
+        raise ValueError(
+            f"a context-parallel op got {info.shape[0]} rows and {len(info.peers)} peers; it takes "
+            "one row and the fragments of every context rank, this one's included"
+        )
+    return info.peers.index(info.fragments[0])
+
+
+@lru_cache(maxsize=1024)
+def row_info(row: Row, device: torch.device, peers: tuple[Row, ...] = ()) -> SequenceInfo:
+    """The same `SequenceInfo` for equal arguments, so that its tensors are moved once."""
+    return SequenceInfo.from_fragments([row], device, peers=peers)
+
+
+def tokens(row: Iterable[Fragment]) -> int:
+    return sum(fragment.length for fragment in row)
+
+
+@lru_cache(maxsize=1024)
+def cut_documents(peers: tuple[Row, ...]) -> frozenset[int]:
+    """Starts of the documents that lie on more than one rank; `Fragment.start` names a document."""
+    holders = defaultdict(set)
+    for rank, row in enumerate(peers):
+        for fragment in row:
+            if fragment.length and not fragment.padding:
+                holders[fragment.start].add(rank)
+    return frozenset(start for start, ranks in holders.items() if len(ranks) > 1)
+
+
+@lru_cache(maxsize=1024)
+def cut_part(peers: tuple[Row, ...], rank: int) -> Row:
+    """The fragments of a rank's row that are of cut documents."""
+    cut = cut_documents(peers)
+    return tuple(f for f in peers[rank] if f.start in cut and not f.padding)
+
+
+def seen(keys: Row, queries: Row) -> Row:
+    """The fragments of another rank's row of which some query of this row sees a token.
+
+    That is then every token of the fragment: no fragment holds tokens between its own.
+    """
+    last: dict[int, int] = {}
+    for query in queries:
+        if query.length:
+            last[query.start] = max(query.index, last.get(query.start, -1))
+    return tuple(key for key in keys if key.length and key.index < last.get(key.start, -1))
+
+
+def where(row: Row, chosen: Collection[Fragment]) -> tuple[slice, ...]:
+    """The tokens of a row that are of the chosen fragments, as slices, neighbours joined."""
+    found: list[slice] = []
+    stop = 0
+    for fragment in row:
+        start, stop = stop, stop + fragment.length
+        if fragment not in chosen:
+            continue
+        if found and found[-1].stop == start:
+            found[-1] = slice(found[-1].start, stop)
+        else:
+            found.append(slice(start, stop))
+    return tuple(found)
+
+
+def take(x: Tensor, rows: tuple[slice, ...]) -> Tensor:
+    """The rows of x in these slices; x itself if that is all of it, else a copy."""
+    if rows == (slice(0, len(x)),):
+        return x
+    return torch.cat([x[:0], *(x[where] for where in rows)])
+
+
+def add_(x: Tensor, rows: tuple[slice, ...], part: Tensor) -> None:
+    """Adds to x in place what `take` took from a tensor of its shape."""
+    for where, piece in _pieces(rows, part):
+        x[where] += piece
+
+
+def put_(x: Tensor, rows: tuple[slice, ...], part: Tensor) -> None:
+    """Writes into x what `take` took."""
+    for where, piece in _pieces(rows, part):
+        x[where] = piece
+
+
+def _pieces(rows: tuple[slice, ...], part: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    sizes = [where.stop - where.start for where in rows]
+    return zip(rows, part.split(sizes) if sizes else (), strict=True)
+
+
+@lru_cache(maxsize=1024)
+def merged(rows: tuple[Row, ...]) -> Row:
+    """One row of all the fragments, by their index in the packed global sequence."""
+    return tuple(sorted((f for row in rows for f in row), key=lambda fragment: fragment.index))
+
+
+@lru_cache(maxsize=64)
+def merge_order(rows: tuple[Row, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token permutations between the rows one behind the other and `merged(rows)`.
+
+    concatenated[first] is merged, and merged[second] is concatenated; both int64.
+    """
+    index = torch.cat([torch.arange(f.index, f.index + f.length) for row in rows for f in row])
+    order = index.argsort()
+    return order.to(device), order.argsort().to(device)

@@ -1,0 +1,66 @@
+"""Operations that no mixer uses, for what is written against the contracts alone."""
+
+import torch
+from torch import Tensor
+
+from models.ops.conv import ShiftedConv
+from models.sequence import CausalConv, LinearRecurrence, Recurrent, SequenceInfo
+from models.transition import DiagonalTransition, ScalarTransition
+
+
+class DecayedWrites(LinearRecurrence):
+    """S_t = exp(g_t) S_{t-1} + beta_t k_t v_t^T, with a decay per key channel."""
+
+    transition = DiagonalTransition
+
+    def decay(self, log_decay: Tensor) -> Tensor:
+        return log_decay
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        beta: Tensor,
+        info: SequenceInfo,
+        *,
+        initial_state: Tensor | None = None,
+    ) -> Recurrent:
+        state = torch.zeros_like(k[:, 0, :, :, None] * v[:, 0, :, None])
+        if initial_state is not None:
+            state = initial_state
+        outputs = []
+        for t in range(q.shape[1]):
+            keeps = (info.positions[:, t] > 0)[:, None, None, None]
+            decayed = torch.where(keeps, state, 0) * self.decay(log_decay)[:, t, :, :, None].exp()
+            written = beta[:, t, :, None, None] * k[:, t, :, :, None] * v[:, t, :, None]
+            state = decayed + written
+            outputs.append((state * q[:, t, :, :, None]).sum(2))
+        return Recurrent(torch.stack(outputs, dim=1), state)
+
+    def summary(
+        self, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, info: SequenceInfo
+    ) -> tuple[DiagonalTransition, Tensor]:
+        passes = (info.positions > 0).all(1)[:, None, None]
+        through = torch.where(passes, self.decay(log_decay).sum(1).exp(), 0)
+        return self.transition(through), self(k, k, v, log_decay, beta, info).final_state
+
+
+class ScalarDecay(DecayedWrites):
+    """One decay per head: that of the first key channel."""
+
+    transition = ScalarTransition
+
+    def decay(self, log_decay: Tensor) -> Tensor:
+        return log_decay[..., :1]
+
+
+class SquaredConv(CausalConv):
+    """Causal and of finite reach, but not linear."""
+
+    def forward(
+        self, x: Tensor, weight: Tensor, info: SequenceInfo, *, history: Tensor | None = None
+    ) -> Tensor:
+        squared = None if history is None else history.square()
+        return ShiftedConv()(x.square(), weight, info, history=squared)

@@ -1,0 +1,228 @@
+"""Training with ranks that share sequences: the numbers of one rank under every scheme."""
+
+import json
+from typing import cast
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from models.sequence import CausalConv, SequenceOp, SoftmaxAttention
+from parallel.collectives import Axis, Traffic
+from parallel.context import apply_context_parallel
+from parallel.layout import plan_layout
+from parallel.mesh import Mesh
+from tests.launch import torchrun
+from tests.models.build import compose, make_model
+from tests.trainer.tiny import overrides
+from trainer.batch import IGNORE_INDEX, Batch, Run
+from trainer.build import build_mesh, build_trainer, share_sequences
+from trainer.construct import call
+from trainer.errors import ConfigError
+from trainer.settings import Parallelism
+
+HEADS = ["mixer.kda.num_heads=4", "mixer.mla.num_heads=4", "mixer.gqa.num_heads=4"]
+RUN = [*HEADS, "data.seq_len=160", "trainer.steps=3", "trainer.precision=fp64", "eval.every=3"]
+CHECKPOINTING = ["trainer.activation_checkpointing=true", "checkpoint.every=2"]
+JOBS = {
+    f"{group} {ranks}": [f"parallel={group}", f"parallel.cp={ranks}", *CHECKPOINTING]
+    for group in ("ring", "gather", "ulysses", "usp")
+    for ranks in (2, 4)  # with 2 of the 4 ranks, two data ranks
+} | {
+    "zigzag": ["parallel=ring", "parallel.layout=zigzag"],
+    "contiguous": ["parallel=gather", "parallel.layout=contiguous", "trainer.micro_batch_size=2"],
+    "mixed": ["parallel=usp", "parallel.outer=gather", "parallel.recurrence=ulysses"],
+}
+GQA = ["model.pattern=[gqa,kda]", "model.num_layers=2"]
+DISAGREEING = ["parallel=ring", "rank 2: parallel.layout=zigzag"]
+
+
+def axis(ranks: int) -> Axis:
+    """As far as it goes without messages."""
+    return Axis(cast(dist.ProcessGroup, None), 0, ranks, Traffic())
+
+
+def mesh(ring: int, ulysses: int) -> Mesh:
+    return Mesh(
+        device=torch.device("cpu"),
+        ranks=ring * ulysses,
+        context=axis(ring * ulysses),
+        ulysses=axis(ulysses),
+        ring=axis(ring),
+    )
+
+
+def records(run_dir) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """With documents from a few tokens to several rows, lengths off any grid."""
+    folder = tmp_path_factory.mktemp("context_parallel")
+    (folder / "texts").mkdir()
+    for i, length in enumerate((700, 333, 160, 159, 97, 41, 40, 23, 7, 3, 161, 55)):
+        text = "".join(chr(97 + (j * (i + 3)) % 26) for j in range(length))
+        (folder / "texts" / f"{i}.txt").write_text(text)
+    return folder
+
+
+def command(folder, name: str, *more: str) -> list[str]:
+    made = [o for o in overrides(folder) if not o.startswith(("data.path", "run_dir"))]
+    return [*made, f"data.path={folder / 'texts'}", f"run_dir={folder / name}", *RUN, *more]
+
+
+def train_alone(folder, name: str, *more: str) -> list[dict]:
+    (folder / name).mkdir()
+    single = Mesh(device=torch.device("cpu"))
+    config = compose(command(folder, name, *more))
+    build_trainer(config, mesh=single, run_dir=folder / name).run()
+    return records(folder / name)
+
+
+@pytest.fixture(scope="module")
+def alone(folder) -> list[dict]:
+    return train_alone(folder, "alone", "trainer.micro_batch_size=4")
+
+
+@pytest.fixture(scope="module")
+def errors(folder) -> str:
+    """Runs all jobs on four ranks, each in folder/<name>; -> what went to standard error."""
+    jobs = [command(folder, name.replace(" ", "_"), *more) for name, more in JOBS.items()]
+    jobs += [command(folder, "gqa", *GQA, "parallel=usp")]
+    jobs += [command(folder, "whole", "parallel=ring", "trainer.micro_batch_size=4")]
+    jobs += [command(folder, "disagreeing", *DISAGREEING)]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    run = torchrun(4, "-m", "tests.trainer.jobs_on_ranks", str(folder / "jobs.json"), seconds=400)
+    return run.stderr
+
+
+def assert_same(run: list[dict], alone: list[dict]) -> None:
+    for got, expected in zip(run, alone, strict=True):
+        assert got["tokens"] == expected["tokens"]
+        for key in {"loss", "grad_norm", "eval_loss"} & expected.keys():
+            assert got[key] == pytest.approx(expected[key], rel=1e-9), key
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_ranks_that_share_sequences_train_like_one(errors, folder, alone, name):
+    run = records(folder / name.replace(" ", "_"))
+    assert_same(run, alone)
+    assert all(record["comm_bytes"] > 0 for record in run)
+    assert "comm_bytes" not in alone[0]
+
+
+def test_attention_over_keys_and_values(errors, folder):
+    assert_same(records(folder / "gqa"), train_alone(folder, "gqa_alone", *GQA))
+
+
+def test_where_no_document_is_cut_nothing_is_sent(errors, folder, alone):
+    """Four rows on four ranks: each document fits one."""
+    run = records(folder / "whole")
+    assert_same(run, alone)
+    assert [record["comm_bytes"] for record in run] == [0, 0, 0]
+    assert " 0.0% of tokens in cut" in (folder / "whole" / "train.log").read_text()
+
+
+def test_nothing_warns(errors):
+    assert "Warning" not in errors
+
+
+def test_the_log_tells_mesh_schemes_and_layout(errors, folder):
+    log = (folder / "usp_4" / "train.log").read_text()
+    assert "mesh    4 x cpu = 1 data x 2 ring x 2 ulysses, gloo, fp64" in log
+    assert "softmax=usp latent=usp recurrence=state_passing conv=halo, layout balanced" in log
+    assert "4 micro-batches a rank" in log
+    assert log.count("balanced layout: ") == 1 and "% of tokens in cut documents" in log
+
+
+def test_a_run_goes_on_without_context_parallelism(errors, folder, alone):
+    checkpoint = folder / "usp_4" / "checkpoints" / "step_00000002"
+    assert_same(train_alone(folder, "resumed", f"resume={checkpoint}"), alone[2:])
+
+
+def test_ranks_that_plan_differently_are_told(errors):
+    for rank in range(4):
+        line = f"refused by rank {rank}: step 1: the context ranks of data rank 0 planned different"
+        assert errors.count(line) == 1
+
+
+def test_evaluation_on_the_command_line(errors, folder, alone):
+    """With another scheme than the run's."""
+    source = [f"checkpoint={folder / 'ring_4'}", "trainer.precision=fp64"]
+    more = ["parallel=gather", "parallel.layout=zigzag"]
+    run = torchrun(2, "scripts/evaluate.py", *source, *more)
+    figures = json.loads(run.stdout.splitlines()[-1])
+    assert figures["loss"] == pytest.approx(alone[-1]["eval_loss"], rel=1e-9)
+
+
+def test_a_shard_takes_labels_along():
+    rows = [
+        [Run(torch.arange(1, 8).numpy(), 9), Run(torch.arange(20, 22).numpy())],
+        [Run(torch.arange(30, 35).numpy())],
+    ]
+    batch = Batch.from_rows(rows, seq_len=12, pad_id=77)
+    layout = plan_layout(batch.documents(), ranks=3)
+    parts = [batch.shard(layout, rank, pad_id=77) for rank in range(3)]
+    seen = {}
+    for rank, part in enumerate(parts):
+        assert part.tokens.shape == part.labels.shape == part.info.shape == (1, 8)
+        assert part.valid_labels == int((part.labels != IGNORE_INDEX).sum())
+        assert set(part.tokens[~part.info.valid].tolist()) <= {77}
+        assert set(part.labels[~part.info.valid].tolist()) <= {IGNORE_INDEX}
+        index = layout.index(rank)
+        for i, token, label in zip(
+            index, part.tokens[0].tolist(), part.labels[0].tolist(), strict=True
+        ):
+            if i >= 0:
+                seen[int(i)] = token, label
+    tokens, labels = batch.tokens.flatten().tolist(), batch.labels.flatten().tolist()
+    real = batch.info.valid.flatten().nonzero().flatten().tolist()
+    assert seen == {i: (tokens[i], labels[i]) for i in real}
+    assert sum(part.valid_labels for part in parts) == batch.valid_labels
+
+
+@pytest.mark.parametrize("group", ["ring", "gather", "ulysses", "usp"])
+def test_names_of_parameters_stay(group):
+    model = make_model([*HEADS, "model.pattern=[kda,mla,gqa]", "model.num_layers=3"])
+    names = list(model.state_dict())
+    section = call(Parallelism, compose([f"parallel={group}"])["parallel"], "parallel")
+    share_sequences(model, section, mesh(2, 2))
+    assert list(model.state_dict()) == names
+    ops = [type(m).__module__ for m in model.modules() if isinstance(m, SequenceOp)]
+    assert len([module for module in ops if module.startswith("parallel.")]) >= 4
+
+
+def test_an_operation_without_a_scheme_is_named():
+    model = make_model(["model.pattern=[kda]", "model.num_layers=1"])
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.mixer\.recurrence is a ChunkedDeltaRule, which"
+    ):
+        apply_context_parallel(model, {CausalConv: lambda op: op, SoftmaxAttention: lambda op: op})
+
+
+def test_too_many_ranks_for_the_heads():
+    model = make_model(["model.pattern=[kda,mla]", "model.num_layers=2", "mixer.mla.num_heads=3"])
+    section = call(Parallelism, compose(["parallel=usp"])["parallel"], "parallel")
+    share_sequences(model, section, mesh(2, 3))
+    with pytest.raises(ConfigError, match=r"mixer.mla.num_heads=3: 4 ranks share the heads; "):
+        share_sequences(make_model(["mixer.mla.num_heads=3"]), section, mesh(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("choices", "ranks", "line"),
+    [
+        (["parallel=ring", "parallel.cp=3"], 4, "parallel.cp is 3; allowed: a divisor of the run"),
+        (["parallel=usp", "parallel.ulysses=3"], 4, "parallel.ulysses is 3; allowed: a divisor of"),
+        (["parallel.cp=2"], 2, "parallel.cp is 2; parallel=single allows 1"),
+        (["parallel=ring", "parallel.layout=stripe"], 2, "parallel.layout=stripe: allowed: bal"),
+        (["parallel=ring", "parallel.softmax=tree"], 2, "parallel.softmax=tree: allowed: ring, "),
+        (["parallel=ring", "parallel.timeout_minutes=0"], 2, "parallel.timeout_minutes is 0; allo"),
+    ],
+)
+def test_bad_input_is_one_line(monkeypatch, choices, ranks, line):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    with pytest.raises(ConfigError) as error:
+        build_mesh(compose(choices)["parallel"])
+    assert str(error.value).startswith(line) and "\n" not in str(error.value)

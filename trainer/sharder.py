@@ -1,0 +1,52 @@
+"""Cuts batches for the ranks that share sequences, and keeps account of how well they were cut."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from parallel.layout import LayoutReport, Strategy, TokenLayout, plan_layout
+from trainer.batch import Batch
+
+DIGEST_BITS = 24  # the squares of 32,000 digests sum below 2**63
+
+
+class Sharder:
+    """The part of one context rank of every batch; each rank plans the same layout by itself."""
+
+    def __init__(
+        self, *, rank: int, ranks: int, strategy: Strategy, multiple: int, pad_id: int
+    ) -> None:
+        self.rank, self.ranks, self.pad_id = rank, ranks, pad_id
+        self.strategy, self.multiple = strategy, multiple
+        self._sums, self._count = np.zeros(len(LayoutReport._fields)), 0
+
+    def __call__(self, batch: Batch) -> Batch:
+        return batch.shard(self.plan(batch), self.rank, pad_id=self.pad_id)
+
+    def plan(self, batch: Batch) -> TokenLayout:
+        return plan_layout(
+            batch.documents(),
+            ranks=self.ranks,
+            strategy=self.strategy,
+            multiple=self.multiple,
+        )
+
+    def step(self, batches: Sequence[Batch]) -> tuple[list[Batch], int]:
+        """This rank's part of the micro-batches of a step, and a digest of their layouts."""
+        layouts = [self.plan(batch) for batch in batches]
+        self._sums += np.sum([layout.report() for layout in layouts], axis=0)
+        self._count += len(layouts)
+        parts = [
+            batch.shard(layout, self.rank, pad_id=self.pad_id)
+            for batch, layout in zip(batches, layouts, strict=True)
+        ]
+        # Tuples of integers hash alike in every process.
+        return parts, hash(tuple(layout.ranks for layout in layouts)) % 2**DIGEST_BITS
+
+    def describe(self) -> str:
+        """One line for the log: means over the micro-batches of all steps so far."""
+        cut, imbalance, fragments = self._sums / max(self._count, 1)
+        return (
+            f"{self.strategy} layout: {cut:.1%} of tokens in cut documents, softmax area "
+            f"{imbalance:.3f} (max/mean of ranks), {fragments:.1f} fragments a rank"
+        )
