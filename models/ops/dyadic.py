@@ -50,7 +50,10 @@ class DyadicScores:
 
     def _score(self, half: int) -> None:
         prefix, suffix = _halves(self.prefix, half), _halves(self.suffix, half)
-        from_anchor, to_anchor = prefix[:, :, 1].contiguous(), suffix[:, :, 0].contiguous()
+        # Copies: prefix and suffix change below, and a single chunk's halves are contiguous as is.
+        packed = torch.contiguous_format
+        from_anchor = prefix[:, :, 1].clone(memory_format=packed)
+        to_anchor = suffix[:, :, 0].clone(memory_format=packed)
         pairs = _halves(self.queries_keys, half)  # [X, 2, blocks, 2, half, K]
         rows = pairs.new_empty(*from_anchor.shape[:2], 2, *from_anchor.shape[2:])
         torch.mul(pairs[:, :, :, 1].transpose(1, 2), from_anchor.unsqueeze(2), out=rows)

@@ -86,6 +86,19 @@ def test_chunked_equals_token_loop(rows, gate, dtype, tolerance):
         assert (got - want).abs().max() <= tolerance * scale, name
 
 
+@pytest.mark.parametrize("seq", [64, 128])
+def test_a_single_chunk_of_a_single_head(seq):
+    info = SequenceInfo.from_lengths([[seq], [seq]])
+    *tokens, state = make_inputs(info, "mixed", torch.float64)
+    one = [x[:1, :, 1:2].detach().requires_grad_() for x in tokens]
+    one.append(state[:1, 1:2].detach().requires_grad_())
+    op = ChunkedDeltaRule()
+    op.segment = 1
+    info = info.row(0)
+    for got, want in zip(run(op, one, info), run(TokenLoopDeltaRule(), one, info), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
 def test_weak_decays_beside_strong_ones_keep_their_precision():
     """A running sum of -1280 nats would round a decay of 1e-3 beside it to 1e-4."""
     log_decay = torch.full((1, 64, 2), -40.0)
