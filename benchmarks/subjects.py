@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.job import Config, Job
+from benchmarks.settings import Dtype
 from models.hybrid import HybridLM, Layer
 from models.mixer import Mixer
 from models.sequence import SequenceInfo
@@ -19,6 +20,7 @@ from trainer.checkpoint.weights import load_weights
 from trainer.construct import construct
 from trainer.data.tokenizer import ByteTokenizer
 from trainer.loss import LanguageModelLoss
+from trainer.settings import Numerics
 
 VOCAB_SIZE = ByteTokenizer().vocab_size
 
@@ -29,14 +31,15 @@ class Subject:
     module: nn.Module
 
 
-def make_model(config: Config, *, device: str = "meta") -> HybridLM:
+def make_model(config: Config, *, device: str = "meta", dtype: Dtype = "fp32") -> HybridLM:
     """Not initialised; raises ConfigError."""
-    ops = build_ops(config["ops"], "cpu" if device == "meta" else device)
+    device = "cpu" if device == "meta" else device
+    ops = build_ops(config["ops"], device, Numerics(dtype).products)
     return build_model(config["model"], config["mixer"], vocab_size=VOCAB_SIZE, ops=ops)
 
 
-def initialised_model(config: Config, *, seed: int, device: str) -> HybridLM:
-    model = make_model(config, device=device)
+def initialised_model(config: Config, *, seed: int, device: str, dtype: Dtype = "fp32") -> HybridLM:
+    model = make_model(config, device=device, dtype=dtype)
     torch.manual_seed(seed)
     materialise(model, device=device, dtype=torch.float32)
     return model
@@ -45,7 +48,7 @@ def initialised_model(config: Config, *, seed: int, device: str) -> HybridLM:
 def train_step(job: Job) -> Subject:
     """Our model under our loss."""
     assert job.config is not None
-    model = initialised_model(job.config, seed=job.seed, device=job.device)
+    model = initialised_model(job.config, seed=job.seed, device=job.device, dtype=job.dtype)
     if job.weights is not None:
         load_weights(model, Path(job.weights))
     autocast = torch.bfloat16 if job.dtype == "bf16" else None
@@ -85,7 +88,7 @@ def _training(module: nn.Module, loss: Callable[[], Tensor], optim: dict[str, An
 def mixer_pass(job: Job) -> Subject:
     """Forward and backward of the mixer of a model's first layer, [1, length, d_model]."""
     assert job.config is not None
-    model = initialised_model(job.config, seed=job.seed, device=job.device)
+    model = initialised_model(job.config, seed=job.seed, device=job.device, dtype=job.dtype)
     mixer = first_mixer(model)
     shape = (1, job.length, job.config["model"]["d_model"])
     x = torch.randn(shape, device=job.device, requires_grad=True)

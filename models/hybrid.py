@@ -74,6 +74,8 @@ class HybridLM(nn.Module):
         super().__init__()
         positive(vocab_size=vocab_size, d_model=d_model, num_layers=num_layers)
         positive(residual_block=residual_block)
+        if init_std < 0:
+            raise ValueError(f"init_std is {init_std}; it must be at least 0")
         _check_pattern(pattern, mixers)
         self.pattern = [pattern[i % len(pattern)] for i in range(num_layers)]
         self.init_std = init_std

@@ -105,7 +105,7 @@ class MoE(FeedForward):
         routed_scaling: float = 1.0,
     ) -> None:
         super().__init__()
-        positive(num_experts=num_experts, hidden=hidden)
+        positive(num_experts=num_experts, hidden=hidden, shared_hidden=shared_hidden or None)
         self.router = Router(d_model, num_experts=num_experts, top_k=top_k, scaling=routed_scaling)
         self.experts = Experts(d_model, num_experts=num_experts, hidden=hidden)
         self.shared = SwiGLU(d_model, hidden=shared_hidden) if shared_hidden else None

@@ -11,6 +11,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int, *, eps: float = 1e-5) -> None:
         super().__init__()
+        if eps < 0:
+            raise ValueError(f"norm_eps is {eps}; it must be at least 0")
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 

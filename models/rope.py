@@ -19,6 +19,8 @@ class Rope(nn.Module):
         super().__init__()
         if dim <= 0 or dim % 2:
             raise ValueError(f"rope needs an even head dim, got {dim}")
+        if base <= 0:
+            raise ValueError(f"rope_base is {base}; it must be above 0, or null")
         self.dim, self.base, self.factor = dim, base, factor
 
     def forward(self, x: Tensor, info: SequenceInfo) -> Tensor:

@@ -104,15 +104,29 @@ class SequenceInfo:
         return cls.from_fragments([[Fragment(stop - start, start, start)]] * batch, device)
 
     def history(self, length: int) -> "SequenceInfo":
-        """The `length` tokens that end with this row's last one, in its last document: the keys
-        that a decoding step sees."""
-        last = self.fragments[0][-1]
-        stop = last.position + last.length
-        return SequenceInfo.span(self.shape[0], stop - length, stop, self.index.device)
+        """The `length` tokens that end with the last one here: the keys that a decoding step sees.
+
+        Raises ValueError unless every row is the same stretch of one document, and that reaches
+        back so far.
+        """
+        (first, *_), *_ = self.fragments
+        stop = first.index + first.length
+        if any(row != (first,) for row in self.fragments) or length > stop - first.start:
+            raise ValueError("a cache holds one document in every row, of equal lengths")
+        row = [Fragment(length, stop - length, stop - length - first.start)]
+        return SequenceInfo.from_fragments([row] * self.shape[0], self.index.device)
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.index.shape[0], self.index.shape[1]
+
+    @property
+    def starts(self) -> Tensor:
+        """[batch, seq] bool: tokens before which their document has none in this row: at its start
+        or, but for the first token of a row, behind a gap."""
+        starts = self.positions == 0
+        starts[:, 1:] |= self.index.diff() != 1
+        return starts
 
     def to(self, device: torch.device | str) -> "SequenceInfo":
         return SequenceInfo(
@@ -245,10 +259,9 @@ class Recurrent(NamedTuple):
 class LinearRecurrence(SequenceOp):
     """S_t = A_t S_{t-1} + B_t and o_t = S_t^T q_t: affine in the state, which is the contract.
 
-    A document start forgets the state. Hence a segment maps the state S that enters it to
-    T S + U, with T and U its `summary`, and segments compose. Only position 0 forgets: a row
-    whose fragment in mid-row continues another document than the token before it is not for one
-    call, but for one call per document, each with its own initial state.
+    Where the row leaves a document the state is forgotten: at a document start, and behind a gap,
+    which only a scheme that knows the other ranks can fill, one call per document. Hence a segment
+    maps the state S that enters it to T S + U, with T and U its `summary`, and segments compose.
     """
 
     transition: type[Transition] = DenseTransition  # the kind of T

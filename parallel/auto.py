@@ -6,22 +6,12 @@ gather; latents alone are gathered, being small. Recurrences pass states, whose 
 changes.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
-from math import gcd
 
 from parallel.context import AttentionScheme, RecurrenceScheme
 from parallel.cost import (
-    Bytes,
     Outer,
-    latent_bytes,
-    latent_usp_bytes,
-    links,
-    moved,
-    softmax_bytes,
-    softmax_usp_bytes,
-    state_heads_bytes,
-    states_bytes,
 )
 from parallel.shapes import LatentShape, RecurrenceShape, Shape, SoftmaxShape
 
@@ -68,5 +58,9 @@ def decide(shapes: Collection[Shape], setting: Setting) -> Decision:
     softmax_scheme = _scheme(degree, outer, setting)
     latent_scheme = _scheme(_degree(latent, ulysses, setting), "gather", setting)
     lines = [
-        _line("softmax", softmax_scheme, _softmax_why(softmax, degree, outer, setting), )
+        _line(
+            "softmax",
+            softmax_scheme,
+            _softmax_why(softmax, degree, outer, setting),
+        )
     ]

@@ -106,9 +106,7 @@ def _recurrence(
     for extent in op.transition.shape(key_dim):
         transition *= extent
     found.add(
-        RecurrenceShape(
-            heads=heads, key_dim=key_dim, value_dim=v.shape[3], transition=transition
-        )
+        RecurrenceShape(heads=heads, key_dim=key_dim, value_dim=v.shape[3], transition=transition)
     )
     return Recurrent(v.new_empty(v.shape), v.new_empty(batch, heads, key_dim, v.shape[3]))
 

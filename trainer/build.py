@@ -28,7 +28,7 @@ from trainer.console import Console, header
 from trainer.construct import call, construct
 from trainer.data import TrainStream, build_data
 from trainer.engine import Engine, verify_gradient_factor
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, naming
 from trainer.heap import keep_heap
 from trainer.loop import Sink, Trainer
 from trainer.loss import LanguageModelLoss
@@ -55,10 +55,11 @@ def build_model(
     vocab_size: the tokenizer's, for a model that does not set its own. Raises ConfigError.
     """
     keywords = {k: v for k, v in model.items() if k not in ("name", "ffn", "moe", "vocab_size")}
-    own = model.get("vocab_size") or vocab_size
-    if own < vocab_size:
+    own, moe = model.get("vocab_size"), model.get("moe")
+    if own is None:
+        own = vocab_size
+    if not isinstance(own, int) or own < vocab_size:
         raise ConfigError(f"model.vocab_size={own}: allowed: {vocab_size} (tokenizer) or more")
-    moe = model.get("moe")
     mixers = {name: construct(mixer[name], f"mixer.{name}", ops=ops) for name in mixer}
     with torch.device(device):
         return call(
@@ -73,8 +74,8 @@ def build_model(
         )
 
 
-def build_ops(section: Config, device: torch.device | str) -> Ops:
-    return call(Ops, section, "ops", device=device)
+def build_ops(section: Config, device: torch.device | str, dtype: torch.dtype | None = None) -> Ops:
+    return call(Ops, section, "ops", device=device, dtype=dtype)
 
 
 def materialise(model: HybridLM, *, device: torch.device | str, dtype: torch.dtype) -> None:
@@ -98,15 +99,15 @@ def parallelize(
 ) -> None:
     """Makes a model on the meta device ready for training, in place; the order matters.
 
-    Blocks are compiled with their schemes and their checkpointing, and memory is given to what is
-    left to hold.
+    Compiled blocks are checkpointed: the compiler leaves a checkpointed block as it is where an
+    operation in it is not for compiling. Memory is given to what is left to hold.
     """
     share_sequences(model, parallelism, mesh)
-    if activation_checkpointing:
-        apply_activation_checkpointing(model.layers)
     if compile:
         for layer in model.layers:
-            layer.compile()
+            layer.forward = torch.compile(layer.forward)
+    if activation_checkpointing:
+        apply_activation_checkpointing(model.layers)
     materialise(model, device=mesh.device, dtype=dtype)
 
 
@@ -175,7 +176,7 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
     }
     data = call(build_data, config["data"], "data")
     stream = TrainStream(data, **share)
-    ops = build_ops(config["ops"], mesh.device)
+    ops = build_ops(config["ops"], mesh.device, numerics.products)
     vocab_size = data.tokenizer.vocab_size
     model = build_model(config["model"], config["mixer"], vocab_size=vocab_size, ops=ops)
     engine = build_engine(model, config, settings, numerics, parallelism, mesh)
@@ -251,7 +252,8 @@ def start_from(trainer: Trainer, config: Config) -> None:
         trainer.load(checkpoint)
         log.info("resumed from %s", checkpoint)
     elif init_from is not None:
-        load_weights(trainer.model, Path(init_from))
+        with naming("init_from", init_from):
+            load_weights(trainer.model, Path(init_from))
         log.info("weights from %s", init_from)
 
 

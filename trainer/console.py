@@ -23,19 +23,27 @@ class _AboveBar(logging.StreamHandler):
     """Writes lines above a progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=self.stream)
-        self.flush()
+        try:
+            tqdm.write(self.format(record), file=self.stream)
+            self.flush()
+        except Exception:  # a reader that has gone, e.g. `| head`, does not end a run
+            self.handleError(record)
 
 
 def configure_logging(*, main: bool, stream: TextIO | None = None) -> None:
     """Lines of level INFO to `stream` (standard output) on the main process, none elsewhere."""
+    close_logging()
+    _add(_AboveBar(stream or sys.stdout) if main else logging.NullHandler(), "%(message)s")
+    for name in ("trainer", "models", "parallel"):
+        logging.getLogger(name).setLevel(logging.INFO if main else logging.CRITICAL)
+
+
+def close_logging() -> None:
+    """Takes our handlers away again: another run of this process brings its own."""
     root = logging.getLogger()
     for handler in [h for h in root.handlers if h.name == _OWN]:
         root.removeHandler(handler)
         handler.close()
-    _add(_AboveBar(stream or sys.stdout) if main else logging.NullHandler(), "%(message)s")
-    for name in ("trainer", "models", "parallel"):
-        logging.getLogger(name).setLevel(logging.INFO if main else logging.CRITICAL)
 
 
 def log_to_file(path: Path) -> None:

@@ -7,6 +7,7 @@ keys, missing values and wrong types are found before the call, and named with t
 import functools
 import importlib
 import inspect
+import math
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -20,6 +21,7 @@ def construct(section: Mapping[str, Any], path: str, **given: Any) -> Any:
     With `_partial_: true` the call is left to whoever completes the arguments. `path` is the place
     of the section, as the user writes it. Raises ConfigError.
     """
+    _check_section(section, path)
     keywords = {key: value for key, value in section.items() if not _reserved(key)}
     if "_target_" not in section:
         raise ConfigError(f"{path}._target_: missing; allowed: the name of a class or function")
@@ -37,6 +39,7 @@ def call(
     **given: Any,
 ) -> Any:
     """`target(**section, **given)`; what is wrong with it becomes a ConfigError under `path`."""
+    _check_section(section, path)
     _check(target, section, path, given, partial)
     parameters = inspect.signature(target).parameters
 
@@ -55,6 +58,12 @@ def call(
 
 def _reserved(key: str) -> bool:
     return key.startswith("_") and key.endswith("_")
+
+
+def _check_section(section: object, path: str) -> None:
+    """`model.moe=false` and the like replace a whole section."""
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{path}={section}: allowed: a section, whose keys are {path}.*")
 
 
 def _locate(name: str, path: str) -> Callable[..., Any]:
@@ -98,9 +107,9 @@ def _accepts(hint: Any, value: Any) -> bool:
     if origin is Literal:
         return value in args
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return _is_int(value)
     if origin is tuple and args[-1] is not ...:
         return (
             isinstance(value, Sequence)
@@ -117,6 +126,11 @@ def _accepts(hint: Any, value: Any) -> bool:
     return True
 
 
+def _is_int(value: Any) -> bool:
+    """An integer that a tensor can hold, too."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
 def _describe(hint: Any) -> str:
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
@@ -125,6 +139,8 @@ def _describe(hint: Any) -> str:
         return ", ".join(map(str, args))
     if hint is types.NoneType:
         return "null"
+    if hint is float:
+        return "finite float"
     if origin is not None:
         inner = ", ".join(_describe(arg) for arg in args if arg is not ...)
         return f"{getattr(origin, '__name__', origin).lower()} of {inner}"

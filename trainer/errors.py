@@ -1,11 +1,23 @@
 """What a user can put right, and what ends a run."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class ConfigError(Exception):
     """Bad configuration or input: one line naming the key or file, its value and what is allowed.
 
     The entry points print the line and exit with code 2.
     """
+
+
+@contextlib.contextmanager
+def naming(key: str, value: object) -> Iterator[None]:
+    """Puts the key and its value before the line of a ConfigError that names a file only."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{key}={value}: {error}") from error
 
 
 class TrainingError(Exception):

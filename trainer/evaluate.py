@@ -18,7 +18,7 @@ from trainer.load import load_model, tokenizer_of
 from trainer.loss import LanguageModelLoss
 from trainer.settings import Numerics, Parallelism, Settings
 
-TASKS: dict[str, Callable[..., dict[str, float]]] = {"perplexity": perplexity.run}
+TASKS: dict[str, Callable[..., dict[str, float | None]]] = {"perplexity": perplexity.run}
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def run_task(
     parallel: Mapping[str, Any],
     ops: Mapping[str, Any],
     mesh: Mesh,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """-> the task's figures, over all ranks; the keywords are the keys of conf/evaluate.yaml.
 
     Raises ConfigError naming the key that is wrong.
@@ -47,7 +47,7 @@ def run_task(
     documents = call(build_data, {**data, "tokenizer": tokenizer}, "data")
     model = load_model(
         checkpoint,
-        ops=build_ops(ops, mesh.device),
+        ops=build_ops(ops, mesh.device, numerics.products),
         device=mesh.device,
         dtype=numerics.parameters,
         vocab_size=documents.tokenizer.vocab_size,

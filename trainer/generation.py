@@ -12,6 +12,7 @@ from models.sequence import SequenceInfo
 from parallel.mesh import join
 from trainer.build import build_ops
 from trainer.data import build_tokenizer
+from trainer.data.tokenizer import as_bytes
 from trainer.errors import ConfigError
 from trainer.load import load_model, tokenizer_of
 from trainer.settings import Numerics, Precision
@@ -48,7 +49,7 @@ def write_text(
     text = build_tokenizer(tokenizer or tokenizer_of(checkpoint))
     model = load_model(
         checkpoint,
-        ops=build_ops(ops, device),
+        ops=build_ops(ops, device, numerics.products),
         device=device,
         dtype=numerics.parameters,
         vocab_size=text.vocab_size,
@@ -56,7 +57,7 @@ def write_text(
     ids = torch.as_tensor(text.encode(prompt).astype("int64"), device=device)
     if not len(ids):
         raise ConfigError("prompt is empty; allowed: at least one token to start from")
-    yield prompt
+    yield as_bytes(prompt).decode("utf-8", errors="replace")
     written: list[int] = []
     shown = ""
     with torch.autocast(device.type, numerics.autocast, enabled=numerics.autocast is not None):

@@ -8,6 +8,7 @@ from models.hybrid import HybridLM
 from models.ops.select import Ops
 from trainer.build import build_model
 from trainer.checkpoint.weights import load_weights, open_weights
+from trainer.errors import naming
 
 
 def load_model(
@@ -18,15 +19,18 @@ def load_model(
     checkpoint: a checkpoint, a run folder, a native or a Hugging Face folder. Raises ConfigError.
     """
     path = Path(checkpoint)
-    sections = open_weights(path).config
+    with naming("checkpoint", checkpoint):
+        sections = open_weights(path).config
     model = build_model(sections["model"], sections["mixer"], vocab_size=vocab_size, ops=ops)
     model.to(dtype).to_empty(device=device)
-    load_weights(model, path)
+    with naming("checkpoint", checkpoint):
+        load_weights(model, path)
     return model.eval().requires_grad_(False)
 
 
 def tokenizer_of(checkpoint: str) -> str:
-    """`bytes`, or the folder with the tokenizer that belongs to the weights."""
-    folder = open_weights(Path(checkpoint)).tokenizer_folder
+    """`bytes`, or the folder with the tokenizer that belongs to the weights; see `load_model`."""
+    with naming("checkpoint", checkpoint):
+        folder = open_weights(Path(checkpoint)).tokenizer_folder
     named = folder is not None and (folder / "tokenizer.json").exists()
     return str(folder) if named else "bytes"

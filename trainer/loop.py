@@ -65,14 +65,14 @@ class Trainer:
         """-> the last checkpoint written, None if there was no step to do.
 
         Raises TrainingError naming step and batch if loss or gradients are not finite; no
-        parameter has changed then, and no file.
+        parameter has changed then, and no file. A held-out loss that is not ends the run too.
         """
         saved = None
         try:
             while self.step < self.steps:
                 record = self.train_step()
                 if self._due(self.eval_every):
-                    record["eval_loss"] = self.evaluate()
+                    record["eval_loss"] = self._held_out_loss()
                 for sink in self.sinks:
                     sink.log(record)
                 if self._due(self.save_every) or self.step == self.steps:
@@ -126,6 +126,12 @@ class Trainer:
             record["comm_bytes"] = int(max_over_ranks(received, self.mesh.group))
         return record
 
+    def _held_out_loss(self) -> float | None:
+        loss = self.evaluate()
+        if loss is not None and not math.isfinite(loss):  # alike on all ranks
+            raise TrainingError(f"step {self.step}: eval_loss {loss} on the held-out documents")
+        return loss
+
     def evaluate(self) -> float | None:
         """Mean loss of a token of the held-out documents; None if there is none."""
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
@@ -149,10 +155,11 @@ class Trainer:
 
     def load(self, checkpoint: Path) -> None:
         """Goes on where the checkpoint was written."""
+        progress = self.store.progress(checkpoint)
+        self.stream.restore(progress["stream"])  # first: names another tokenizer, not its shapes
         state = self.engine.state()
-        progress = self.store.load(checkpoint, state)
+        self.store.load(checkpoint, state)
         self.engine.load_state(state)
-        self.stream.restore(progress["stream"])
         self.step = progress["step"]
 
     def _due(self, every: int) -> bool:

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -30,6 +33,7 @@ from trainer.errors import ConfigError, TrainingError
 from trainer.evaluate import run_task, trained_on
 from trainer.generation import write_text
 from trainer.run_folder import session, write_whole
+from trainer.settings import Start
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -38,6 +42,7 @@ def command(config_name: str, job: Callable[[dict[str, Any]], object]) -> None:
     """Runs `job` on conf/<config_name>.yaml with the command line's changes; ends the process."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, instead of printing and exiting with 1
     register_mixers()
+    sys.argv[1:] = map(verbatim, sys.argv[1:])
 
     @hydra.main(version_base=None, config_path=str(CONF), config_name=config_name)
     def run(config: DictConfig) -> None:
@@ -48,6 +53,7 @@ def command(config_name: str, job: Callable[[dict[str, Any]], object]) -> None:
     code: Any = 0
     try:
         with exit_codes(config_name):
+            check_choices(sys.argv[1:])
             run()
     except SystemExit as stop:
         code = stop.code
@@ -64,6 +70,30 @@ def register_mixers() -> None:
     names = sorted(path.stem for path in (CONF / "mixer").glob("*.yaml"))
     defaults = [{f"mixer@mixer.{name}": name} for name in names]
     ConfigStore.instance().store(name="mixers", node={"defaults": defaults})
+
+
+def verbatim(argument: str) -> str:
+    """`prompt=TEXT` quoted, for Hydra would strip its blanks, read numbers and refuse most code."""
+    key, _, text = argument.partition("=")
+    if key != "prompt":
+        return argument
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # no interpolation
+    return f"prompt={QuotedString(text, Quote.single).with_quotes()}"
+
+
+def check_choices(arguments: list[str]) -> None:
+    """Raises ConfigError for `engine=null`, `eval=0` and the like, which are no names of choices.
+
+    Hydra's own error would name no key, and `engine=[]` would leave the section out.
+    """
+    for argument in arguments:
+        key, _, choice = argument.partition("=")
+        if not key.isidentifier() or not (CONF / key).is_dir():
+            continue
+        value = OverridesParser.create().parse_override(argument).value()
+        if value is None or isinstance(value, bool | int | float | list):
+            allowed = ", ".join(sorted(path.stem for path in (CONF / key).glob("*.yaml")))
+            raise ConfigError(f"{key}={choice}: unknown choice; allowed: {allowed}")
 
 
 @contextlib.contextmanager
@@ -99,10 +129,10 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 def train(config: dict[str, Any]) -> None:
     """One run, from nothing or from its last checkpoint, to its last step."""
-    if config["run_dir"] is None:
-        config["run_dir"] = str(Path("runs", config["model"]["name"], job_folder()))
+    start: Start = call(Start, {key: config[key] for key in ("run_dir", "resume", "init_from")}, "")
+    run_dir = Path(start.run_dir or Path("runs", str(config["model"]["name"])), job_folder())
+    config["run_dir"] = str(run_dir)
     mesh = build_mesh(config["parallel"])
-    run_dir = Path(config["run_dir"])
     configure_logging(main=mesh.main)
     with session(run_dir, mesh):
         if mesh.main:
@@ -122,7 +152,7 @@ def evaluate(config: dict[str, Any]) -> None:
     given = [override.partition("=")[0] for override in HydraConfig.get().overrides.task]
     if "data" not in given:
         changed = [key.removeprefix("data.") for key in given if key.startswith("data.")]
-        own = trained_on(config["checkpoint"]) or {}
+        own = trained_on(str(config["checkpoint"])) or {}
         config["data"] |= {key: value for key, value in own.items() if key not in changed}
     split = config["split"] or ("all" if "data" in given else "eval")
     figures = call(run_task, config | {"split": split}, "", mesh=mesh)

@@ -12,9 +12,11 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.1,
 ) -> torch.optim.AdamW:
-    """Raises ValueError for a negative rate, decay or eps, and for betas outside [0, 1)."""
-    if lr <= 0:
-        raise ValueError(f"lr is {lr}; allowed: above 0")
+    """Raises ValueError unless lr and eps are positive, weight_decay >= 0 and betas in [0, 1)."""
+    # torch takes an eps of 0, which makes 0 / 0 of a gradient that never was: an unused byte's.
+    for name, value in (("lr", lr), ("eps", eps)):
+        if value <= 0:
+            raise ValueError(f"{name} is {value}; allowed: above 0")
     decayed, rest = decay_groups(model)
     groups = [
         {"params": decayed, "weight_decay": weight_decay},

@@ -1,8 +1,8 @@
 """What may change when a run goes on, and what may not.
 
 Steps, engine, parallelism, micro-batches, optimiser settings, checkpoint, logging and evaluation
-may. What decides the weights' shape or the stream of data may not; the stream itself finds out
-whether the tokens behind the same configuration are others.
+may. What decides the weights' shape or the stream of data may not. Of the data only the numbers
+are compared here: the stream itself knows tokenizer and documents by content, wherever they lie.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Any
 
 from trainer.errors import ConfigError
 
-_FIXED = ("data.tokenizer", "data.seq_len", "data.batch_size", "trainer.seed")
+_FIXED = ("data.seq_len", "data.batch_size", "trainer.seed")
 
 
 def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:

@@ -31,6 +31,11 @@ class Numerics:
         """The dtype of matrix products, where it is not that of the parameters."""
         return torch.bfloat16 if self.precision == "bf16" else None
 
+    @property
+    def products(self) -> torch.dtype:
+        """The dtype of matrix products."""
+        return self.autocast or self.parameters
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -53,6 +58,8 @@ class Settings:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
         if self.grad_clip is not None and self.grad_clip <= 0:
             raise ValueError(f"grad_clip is {self.grad_clip}; allowed: above 0, or null")
+        if self.router_bias_rate < 0:
+            raise ValueError(f"router_bias_rate is {self.router_bias_rate}; allowed: 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +99,17 @@ class Evaluation:
     def __post_init__(self) -> None:
         if self.every < 0:
             raise ValueError(f"every is {self.every}; allowed: 0 or more")
+        if self.batches is not None and self.batches < 1:
+            raise ValueError(f"batches is {self.batches}; allowed: 1 or more, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """The keys beside the sections: where a run is kept, and from where it goes on."""
+
+    run_dir: str | None
+    resume: str
+    init_from: str | None
 
 
 @dataclass(frozen=True, kw_only=True)

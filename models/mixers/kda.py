@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models.checks import positive
 from models.mixer import Cache, Mixer
 from models.norm import RMSNorm
+from models.ops.conv import behind
 from models.ops.select import Ops
 from models.precision import full_precision, widen
 from models.sequence import SequenceInfo
@@ -131,9 +132,7 @@ class KimiDeltaAttention(Mixer):
         history = None if cache is None else cache.get("conv")
         mixed = F.silu(self.conv(qkv, self.conv_weight, info, history=history))
         if cache is not None:
-            seen = qkv if history is None else torch.cat([history, qkv], dim=1)
-            missing = self.conv_width - 1 - seen.shape[1]
-            cache["conv"] = F.pad(seen, (0, 0, max(missing, 0), 0))[:, 1 - self.conv_width :]
+            cache["conv"] = behind(history, qkv, self.conv_width - 1)[:, qkv.shape[1] :].clone()
         return mixed.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
 
     def _gate(self, x: Tensor) -> Tensor:

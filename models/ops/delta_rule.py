@@ -34,11 +34,11 @@ class TokenLoopDeltaRule(LinearRecurrence):
         dtype = v.dtype
         with full_precision(q):
             q, k, v, decay, beta = widen(q), widen(k), widen(v), widen(log_decay).exp(), widen(beta)
-            state = _initial(initial_state, k, v)
+            state, starts = _initial(initial_state, k, v), info.starts
             outputs = []
             for t in range(q.shape[1]):
-                keeps = (info.positions[:, t] > 0)[:, None, None, None]
-                state = torch.where(keeps, state, 0) * decay[:, t, :, :, None]
+                forgets = starts[:, t, None, None, None]
+                state = torch.where(forgets, 0, state) * decay[:, t, :, :, None]
                 predicted = torch.einsum("bhkv,bhk->bhv", state, k[:, t])
                 error = beta[:, t, :, None] * (v[:, t] - predicted)
                 state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], error)
@@ -57,6 +57,8 @@ class ChunkedDeltaRule(LinearRecurrence):
     chunk = 64
     segment = 16  # chunks
 
+    # Segments would be unrolled into a graph that grows with the length.
+    @torch.compiler.disable
     def forward(
         self,
         q: Tensor,
@@ -72,9 +74,8 @@ class ChunkedDeltaRule(LinearRecurrence):
         with full_precision(q):
             tensors = [widen(x) for x in (q, k, v, log_decay, beta)]
             state = _initial(initial_state, tensors[1], tensors[2])
-            starts = info.positions == 0
             output, state = _Chunked.apply(
-                *tensors, state, starts, self.chunk, self.segment * self.chunk
+                *tensors, state, info.starts, self.chunk, self.segment * self.chunk
             )
         return Recurrent(output.to(dtype), state)
 

@@ -18,7 +18,7 @@ Rows = tuple[tuple[Fragment, ...], ...]
 
 
 class Sequences(NamedTuple):
-    """The sequences of a flattened batch: a new one at a row's and at a document's start."""
+    """The sequences of a flattened batch: a new one for every run of a row."""
 
     bounds: Tensor  # [sequences + 1] int64
     first: Tensor  # [batch] int64, each row's first sequence
@@ -29,10 +29,8 @@ class Sequences(NamedTuple):
 def sequences(rows: Rows, device: torch.device) -> Sequences:
     bounds, first, last = [0], [], []
     for row in rows:
-        start, found = bounds[-1], runs(row)
         first.append(len(bounds) - 1)
-        bounds += [start + run.start for run in found if run.position == 0 and run.start > 0]
-        bounds.append(start + found[-1].stop)
+        bounds += [bounds[-1] + run.stop for run in runs(row)]
         last.append(len(bounds) - 2)
     return Sequences(*(torch.tensor(x, device=device) for x in (bounds, first, last)))
 

@@ -21,11 +21,6 @@ class Lengths(NamedTuple):
     bounds: Tensor  # [sequences + 1] int32
     longest: int
 
-    @classmethod
-    def of(cls, bounds: list[int], device: torch.device) -> "Lengths":
-        longest = max(stop - start for start, stop in pairwise(bounds))
-        return cls(torch.tensor(bounds, dtype=torch.int32, device=device), longest)
-
 
 class VarlenSoftmax(TiledSoftmax):
     """A kernel over sequences of unequal lengths in one flat row of tokens.
@@ -118,7 +113,8 @@ class VarlenSoftmax(TiledSoftmax):
 def _equal_lengths(x: Tensor) -> Lengths:
     """Each row of [batch, seq, ...] a sequence."""
     batch, seq = x.shape[:2]
-    return Lengths.of(list(range(0, batch * seq + 1, seq)), x.device)
+    bounds = torch.arange(0, batch * seq + 1, seq, dtype=torch.int32, device=x.device)
+    return Lengths(bounds, seq)
 
 
 @lru_cache(maxsize=64)
@@ -139,7 +135,8 @@ def whole_documents(
         if seq != sum(fragment.length for fragment in key_row):
             return None
         stops += [stops[-1] + stop for stop in ends[1:]]
-    return Lengths.of(stops, device)
+    longest = max(stop - start for start, stop in pairwise(stops))
+    return Lengths(torch.tensor(stops, dtype=torch.int32, device=device), longest)
 
 
 class AtenVarlenSoftmax(VarlenSoftmax):

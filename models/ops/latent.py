@@ -40,7 +40,7 @@ class MaterialisedLatent(LatentAttention):
         q, latent, shared_key, up_weight = autocast(q, latent, shared_key, up_weight)
         nope, scale = q.shape[-1] - shared_key.shape[-1], scale or q.shape[-1] ** -0.5
         key_up, value_up = up_weight.split([nope, up_weight.shape[1] - nope], dim=1)
-        if absorbs(q.shape[1], latent.shape[1], nope, value_up.shape[1], *latent.shape[-1:]):
+        if absorbs(q.shape[1], latent.shape[1], nope, value_up.shape[1], latent.shape[-1]):
             keys = torch.cat([latent, shared_key], dim=-1).unsqueeze(2)
             absorbed = torch.einsum("bshn,hnr->bshr", q[..., :nope], key_up)
             q = torch.cat([absorbed, q[..., nope:]], dim=-1)

@@ -17,6 +17,8 @@ from models.ops.softmax import AtenSoftmax, EinsumSoftmax
 from models.sequence import CausalConv, LatentAttention, LinearRecurrence, SoftmaxAttention
 
 DISTRIBUTIONS = {"flash_attn": "flash-attn", "fla": "flash-linear-attention"}  # by import name
+NARROW = (torch.bfloat16, torch.float16)
+UP_TO_FP32 = (*NARROW, torch.float32)
 
 
 class Choice(NamedTuple):
@@ -25,11 +27,14 @@ class Choice(NamedTuple):
     build: Callable[[], Any]
     device: str | None = None  # None: any
     package: str | None = None  # import name
+    dtypes: tuple[torch.dtype, ...] | None = None  # that it keeps the precision of; None: any
 
-    def missing(self, device: str) -> str | None:
-        """What keeps this from running on `device`."""
+    def missing(self, device: str, dtype: torch.dtype | None) -> str | None:
+        """What keeps this from running on `device`, in `dtype` unless that is None."""
         if self.device not in (None, device):
             return f"runs on {self.device} and the device is {device}"
+        if dtype is not None and self.dtypes is not None and dtype not in self.dtypes:
+            return f"does not compute in {dtype}"
         if self.package is not None and find_spec(self.package) is None:
             return f"needs the package {DISTRIBUTIONS[self.package]}, which is not installed"
         return None
@@ -37,17 +42,17 @@ class Choice(NamedTuple):
 
 # In order of preference: "auto" is the first that can run.
 CHOICES = (
-    Choice("softmax", "flash", FlashSoftmax, "cuda", "flash_attn"),
-    Choice("softmax", "aten", AtenVarlenSoftmax, "cuda"),
+    Choice("softmax", "flash", FlashSoftmax, "cuda", "flash_attn", NARROW),
+    Choice("softmax", "aten", AtenVarlenSoftmax, "cuda", dtypes=NARROW),
     Choice("softmax", "aten", AtenSoftmax, "cpu"),
     Choice("softmax", "reference", EinsumSoftmax),
-    Choice("delta_rule", "fla", FlaDeltaRule, "cuda", "fla"),
+    Choice("delta_rule", "fla", FlaDeltaRule, "cuda", "fla", NARROW),  # in fp32 it uses TF32
     Choice("delta_rule", "chunked", ChunkedDeltaRule),
     Choice("delta_rule", "reference", TokenLoopDeltaRule),
-    Choice("conv", "fla", FlaConv, "cuda", "fla"),
+    Choice("conv", "fla", FlaConv, "cuda", "fla", UP_TO_FP32),
     Choice("conv", "fused", FragmentConv),
     Choice("conv", "reference", ShiftedConv),
-    Choice("experts", "grouped", GroupedMatmulExperts, "cuda"),
+    Choice("experts", "grouped", GroupedMatmulExperts, "cuda", dtypes=UP_TO_FP32),
     Choice("experts", "grouped", GroupedExperts, "cpu"),
     Choice("experts", "reference", LoopExperts),
 )
@@ -57,7 +62,8 @@ class Ops:
     """Which implementation of each operation to use on a device.
 
     "auto" is the fastest that can run there, "reference" always the definition. Names are
-    resolved here, once. Raises ValueError for a name that does not exist or cannot run.
+    resolved here, once. dtype: of the run's matrix products; None excludes nothing. Raises
+    ValueError for a name that does not exist or cannot run.
     """
 
     def __init__(
@@ -68,10 +74,11 @@ class Ops:
         conv: str = "auto",
         experts: str = "auto",
         device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
     ) -> None:
         device = torch.device(device).type
         asked = {"softmax": softmax, "delta_rule": delta_rule, "conv": conv, "experts": experts}
-        self._chosen = {op: _choose(op, name, device) for op, name in asked.items()}
+        self._chosen = {op: _choose(op, name, device, dtype) for op, name in asked.items()}
 
     def softmax(self) -> SoftmaxAttention:
         return self._chosen["softmax"].build()
@@ -94,15 +101,15 @@ class Ops:
         return " ".join(f"{op}={choice.name}" for op, choice in self._chosen.items())
 
 
-def _choose(op: str, name: str, device: str) -> Choice:
+def _choose(op: str, name: str, device: str, dtype: torch.dtype | None) -> Choice:
     choices = [choice for choice in CHOICES if choice.op == op]
-    possible = [choice for choice in choices if choice.missing(device) is None]
+    possible = [choice for choice in choices if choice.missing(device, dtype) is None]
     allowed = ", ".join(["auto", *(choice.name for choice in possible)])
     if name == "auto":
         return possible[0]
     for choice in possible:
         if choice.name == name:
             return choice
-    reasons = [choice.missing(device) for choice in choices if choice.name == name]
+    reasons = [choice.missing(device, dtype) for choice in choices if choice.name == name]
     reason = reasons[0] if reasons else "does not exist"
     raise ValueError(f"ops.{op}={name} {reason}; allowed here: {allowed}")

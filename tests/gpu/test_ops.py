@@ -104,7 +104,7 @@ def test_conv(name, info):
 
 @pytest.mark.parametrize("name", ["chunked", pytest.param("fla", marks=needs("fla"))])
 @pytest.mark.parametrize(
-    "info", [PACKED, SequenceInfo.span(2, 5, 205)], ids=["packed", "continued"]
+    "info", [PACKED, CUT, SequenceInfo.span(2, 5, 205)], ids=["packed", "cut", "continued"]
 )
 def test_delta_rule(name, info):
     info = info.to(DEVICE)

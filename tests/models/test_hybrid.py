@@ -67,6 +67,7 @@ def test_every_parameter_is_initialised_and_trained(name):
     for key, tensor in (*model.named_parameters(), *model.named_buffers()):
         assert tensor.isfinite().all(), key
         assert (tensor >= 0).all() or tensor.is_floating_point(), key
+    assert model.embed.weight.std().item() == pytest.approx(0.02, rel=0.05)
     model = randomise(model)
     tokens = torch.randint(0, 320, (2, 70), generator=torch.Generator().manual_seed(1))
     model(tokens, SequenceInfo.from_lengths([[70], [30, 40]])).square().sum().backward()
@@ -127,6 +128,10 @@ def test_checkpoint_keys_do_not_depend_on_the_ops():
         ("model.num_layers=0", "num_layers is 0"),
         ("model.moe.top_k=9", "top_k is 9"),
         ("model.d_model=0", "d_model is 0"),
+        ("model.init_std=-1", "init_std is -1"),
+        ("model.norm_eps=-1", "norm_eps is -1"),
+        ("model.moe.shared_hidden=-1", "shared_hidden is -1"),
+        ("mixer.gqa.rope_base=0 model=transformer", "rope_base is 0"),
         ("model.ffn.hidden=-4", "hidden is -4"),
         ("mixer.kda.num_heads=0", "num_heads is 0"),
         ("model.residual_block=0", "residual_block is 0"),
@@ -134,5 +139,5 @@ def test_checkpoint_keys_do_not_depend_on_the_ops():
 )
 def test_bad_models_are_refused_in_one_line(override, message):
     with pytest.raises(ConfigError, match=message) as error:
-        make_model([override])
+        make_model(override.split())
     assert "\n" not in str(error.value)

@@ -11,6 +11,12 @@ from tests.models.build import MIXERS, REFERENCE, make_mixer
 from trainer.errors import ConfigError
 
 PACKINGS = [[[90], [90]], [[1, 2, 61, 26], [64, 26]]]
+OPTIONS = [
+    ("gqa", {"qk_norm": True, "output_gate": True, "rope_base": None}),
+    ("mla", {"rope_base": 10_000.0, "q_rank": 16, "output_gate": True}),
+    ("kda", {"gate_lower_bound": -5.0, "full_rank_gate": True}),
+    ("kda", {"conv_width": 1}),
+]
 EXACT = {"rtol": 0, "atol": 1e-11}
 
 
@@ -60,10 +66,10 @@ def test_packed_documents_equal_documents_alone(name):
     torch.testing.assert_close(packed, torch.cat(alone, 1), **EXACT)
 
 
-@pytest.mark.parametrize("name", MIXERS)
-def test_decoding_equals_the_whole_and_caches_what_it_says(name):
+@pytest.mark.parametrize(("name", "keywords"), [*((name, {}) for name in MIXERS), *OPTIONS])
+def test_decoding_equals_the_whole_and_caches_what_it_says(name, keywords):
     x = make_input(2, 40)
-    mixer = make_mixer(name)
+    mixer = make_mixer(name, **keywords)
     whole = mixer(x, SequenceInfo.span(2, 0, 40))
     cache: dict[str, Tensor] = {}
     outputs = [
@@ -74,14 +80,13 @@ def test_decoding_equals_the_whole_and_caches_what_it_says(name):
     assert sum(x.numel() for x in cache.values()) == 2 * mixer.state_elements(40)
 
 
-@pytest.mark.parametrize(
-    ("name", "keywords"),
-    [
-        ("gqa", {"qk_norm": True, "output_gate": True, "rope_base": None}),
-        ("mla", {"rope_base": 10_000.0, "q_rank": 16, "output_gate": True}),
-        ("kda", {"gate_lower_bound": -5.0, "full_rank_gate": True}),
-    ],
-)
+def test_the_convolution_history_does_not_keep_the_prompt():
+    cache: dict[str, Tensor] = {}
+    make_mixer("kda")(make_input(1, 40), SequenceInfo.span(1, 0, 40), cache)
+    assert cache["conv"].untyped_storage().nbytes() == cache["conv"].nbytes
+
+
+@pytest.mark.parametrize(("name", "keywords"), OPTIONS)
 def test_options_keep_the_laws_and_reach_every_parameter(name, keywords):
     x, info = make_input(2, 90), SequenceInfo.from_lengths(PACKINGS[1])
     fast = forward_backward(make_mixer(name, **keywords), x, info)
@@ -99,6 +104,26 @@ def test_flops_are_those_of_the_matrix_products(name):
     assert counter.get_total_flops() == 32 * mixer.flops_per_token(32)
 
 
+def test_flops_of_kda_count_its_state_and_no_context():
+    """The update of a state counts three products of its size: read, write and query."""
+    mixer = make_mixer("kda", num_heads=2, head_dim=8)
+    linears = 24 * (3 * 16 + 8 + 2 + 8 + 16) + 2 * 8 * 16  # q, k, v, decay, beta, gate and output
+    assert mixer.flops_per_token(10) == mixer.flops_per_token(1000)
+    assert mixer.flops_per_token(10) == 2 * (linears + 3 * 16 * 4 + 3 * 2 * 8 * 8)
+
+
+def test_initial_decays_are_those_of_the_paper():
+    gate = make_mixer("kda", num_heads=64).decay.gate
+    gate.reset_parameters(0.02)
+    rate, step = gate.log_rate.exp(), torch.nn.functional.softplus(gate.bias)
+    assert 1 <= rate.min() < 2 and 15 < rate.max() <= 16
+    assert 0.9e-3 < step.min() < 1.2e-3 and 0.09 < step.max() < 0.11
+    assert 0.9e-2 < step.median() < 1.1e-2  # log-uniform
+    bounded = make_mixer("kda", gate_lower_bound=-5.0).decay.gate
+    bounded.reset_parameters(0.02)
+    assert not bounded.log_rate.any()
+
+
 def test_bounded_gate_stays_above_its_bound_and_is_not_a_clamp():
     gate = make_mixer("kda", gate_lower_bound=-5.0).decay.gate
     logits = torch.linspace(-30, 30, 256, dtype=torch.float64).view(1, 1, 4, 64)
@@ -108,6 +133,16 @@ def test_bounded_gate_stays_above_its_bound_and_is_not_a_clamp():
     z = logits + gate.bias.view(4, 64)
     expected = -5.0 / (1.0 + torch.exp(-gate.log_rate.exp()[:, None] * z))
     torch.testing.assert_close(log_decay, expected)
+
+
+def test_gates_stay_wide_under_autocast():
+    mixer, seen = make_mixer("kda").float(), []
+    mixer.recurrence.register_forward_pre_hook(lambda op, args: seen.extend(args))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixer(make_input(1, 5).float(), SequenceInfo.span(1, 0, 5))
+    _, _, v, log_decay, beta, _ = seen
+    assert v.dtype == torch.bfloat16
+    assert log_decay.dtype == beta.dtype == torch.float32
 
 
 def test_wrong_sizes_are_named():

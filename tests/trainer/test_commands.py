@@ -11,6 +11,7 @@ from models.ops.select import Ops
 from models.sequence import SequenceInfo
 from tests.trainer.tiny import overrides
 from trainer import main
+from trainer.console import close_logging
 from trainer.generation import generate
 from trainer.load import load_model
 
@@ -40,7 +41,8 @@ def run(monkeypatch, capfd):
         assert stop.value.code == code, err
         return err if code else out
 
-    return run
+    yield run
+    close_logging()
 
 
 def load(path, dtype=torch.float32):
@@ -102,10 +104,18 @@ def test_sampling_keeps_within_its_bounds(trained):
 
 
 def test_generate_prints_the_prompt_and_the_same_text_for_the_same_seed(trained, run):
-    command = (f"checkpoint={trained}", "prompt='the '", "tokens=8", "seed=3")
+    command = (f"checkpoint={trained}", "prompt=the ", "tokens=8", "seed=3")
     first = run("generate", *command)
     assert first.startswith("the ")
     assert run("generate", *command) == first
+
+
+@pytest.mark.parametrize(
+    "prompt", ["def ", "42", r"f(x): 'a\'[{1, 2}] # \\", r"${x} \${y}", "two\nlines", "caf\udcc3"]
+)
+def test_a_prompt_is_taken_as_it_is(trained, run, prompt):
+    written = run("generate", f"checkpoint={trained}", f"prompt={prompt}", "tokens=1")
+    assert written.startswith(prompt.replace("\udcc3", "\ufffd"))  # a byte that is not UTF-8
 
 
 def test_evaluate_scores_every_token_of_a_named_source_once(trained, run, folder):
@@ -135,7 +145,7 @@ def test_evaluate_without_a_source_takes_what_training_held_out(trained, run):
     ("name", "arguments", "line"),
     [
         ("generate", ["prompt=a", "tokens=0"], "tokens=0: allowed: 1 or more"),
-        ("generate", ["prompt=''"], "prompt is empty"),
+        ("generate", ["prompt="], "prompt is empty"),
         ("generate", ["prompt=a", "top_p=0"], "top_p=0: allowed: above 0"),
         ("evaluate", ["task=nosuch"], "task=nosuch: allowed: perplexity"),
         ("convert", ["target=new", "format=onnx"], "format=onnx: allowed: hf, native"),
@@ -153,4 +163,5 @@ def test_a_truncated_weight_file_is_named(trained, run, folder):
     weights = folder / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     line = run("generate", "checkpoint=cut", "prompt=a", code=2)
+    assert line.startswith("error: checkpoint=cut: ")
     assert "model.safetensors" in line and len(line.splitlines()) == 1

@@ -1,5 +1,6 @@
 """One clear line for every way in which a section can be wrong."""
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -54,10 +55,14 @@ def test_given_arguments_are_not_keys():
         ({"width": "3"}, "x.width=3: allowed: int"),
         ({"width": True}, "x.width=True: allowed: int"),
         ({"width": 1.5}, "x.width=1.5: allowed: int"),
-        ({"width": 1, "rate": "fast"}, "x.rate=fast: allowed: float"),
-        ({"width": 1, "rate": False}, "x.rate=False: allowed: float"),
+        ({"width": 1, "rate": "fast"}, "x.rate=fast: allowed: finite float"),
+        ({"width": 1, "rate": math.inf}, "x.rate=inf: allowed: finite float"),
+        ({"width": 1, "rate": math.nan}, "x.rate=nan: allowed: finite float"),
+        ({"width": 2**63}, f"x.width={2**63}: allowed: int"),
+        (None, "x=None: allowed: a section, whose keys are x.*"),
+        ({"width": 1, "rate": False}, "x.rate=False: allowed: finite float"),
         ({"width": 1, "kind": "c"}, "x.kind=c: allowed: a, b or null"),
-        ({"width": 1, "pair": [1]}, "x.pair=[1]: allowed: tuple of float, float"),
+        ({"width": 1, "pair": [1]}, "x.pair=[1]: allowed: tuple of finite float, finite float"),
         ({"width": 1, "names": ["a", 2]}, "x.names=['a', 2]: allowed: list of str or null"),
         ({"width": 1, "names": "ab"}, "x.names=ab: allowed: list of str or null"),
         ({"widht": 1}, "x.widht=1: unknown key; allowed: build, kind, names, pair, rate, width"),
@@ -65,7 +70,7 @@ def test_given_arguments_are_not_keys():
 )
 def test_wrong_values_are_named(section, line):
     with pytest.raises(ConfigError) as caught:
-        construct({"_target_": TARGET, "_partial_": True, **section}, "x")
+        construct(section and {"_target_": TARGET, "_partial_": True, **section}, "x")
     assert str(caught.value) == line
 
 

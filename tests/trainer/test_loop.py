@@ -1,10 +1,12 @@
 """The loop on a tiny model: what a step means, when it stops, what it leaves."""
 
+import functools
 import json
 import math
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from parallel.mesh import Mesh
 from tests.trainer.tiny import config
@@ -47,6 +49,22 @@ def test_micro_batches_and_checkpointing_change_nothing(make):
     for steps, end in runs[1:]:
         assert steps == [pytest.approx(step, rel=1e-9) for step in runs[0][0]]
         torch.testing.assert_close(end, runs[0][1], rtol=1e-7, atol=1e-9)
+
+
+def test_compiling_changes_nothing(make, monkeypatch):
+    """Also under checkpointing, where it must not be given up without a word."""
+    backend = functools.partial(torch.compile, backend="aot_eager")  # needs no C++ compiler
+    monkeypatch.setattr(torch, "compile", backend)
+    runs = []
+    for more in ([], ["trainer.compile=true", "trainer.activation_checkpointing=true"]):
+        counters.clear()
+        trainer = make("trainer.precision=fp64", *more)
+        steps = [trainer.train_step() for _ in range(2)]
+        assert bool(counters["stats"]["unique_graphs"]) == bool(more)
+        runs.append(([(s["loss"], s["grad_norm"]) for s in steps], weights(trainer)))
+    (steps, end), (compiled_steps, compiled_end) = runs
+    assert compiled_steps == [pytest.approx(step, rel=1e-9) for step in steps]
+    torch.testing.assert_close(compiled_end, end, rtol=1e-7, atol=1e-9)
 
 
 def test_the_loss_is_the_mean_over_the_labels_of_the_step(make):

@@ -9,6 +9,7 @@ import yaml
 
 from tests.trainer.tiny import overrides
 from trainer import main
+from trainer.console import close_logging
 
 
 @pytest.fixture
@@ -25,7 +26,8 @@ def train(tmp_path, monkeypatch, capfd):
         out, err = capfd.readouterr()
         return stop.value.code, out, err.splitlines()
 
-    return train
+    yield train
+    close_logging()
 
 
 def test_a_run_from_start_to_end(train, tmp_path):
@@ -55,8 +57,10 @@ def test_wandb_keeps_its_run_over_resumptions(train, tmp_path):
     assert {path.name.rsplit("-", 1)[1] for path in runs} == {(folder / "wandb_id").read_text()}
 
 
-def test_a_sweep_gives_each_job_a_folder(train, tmp_path):
+@pytest.mark.parametrize("run_dir", [[], ["run_dir=runs/sweep"]])
+def test_a_sweep_gives_each_job_a_folder(train, tmp_path, run_dir):
     arguments = [a for a in overrides(tmp_path, "trainer.steps=1") if "run_dir" not in a]
+    arguments += run_dir
     assert train("--multirun", *arguments, "optim.lr=1e-3,1e-2")[::2] == (0, [])
     folders = sorted(path.parent for path in (tmp_path / "runs").rglob("status.json"))
     rates = [yaml.safe_load((path / "config.yaml").read_text())["optim"]["lr"] for path in folders]
@@ -74,12 +78,19 @@ def test_a_sweep_gives_each_job_a_folder(train, tmp_path):
         ("+trainer.stepz=1", "trainer.stepz=1: unknown key; allowed: activation_checkpointing, "),
         ("model=none", "model=none: unknown choice; allowed: kimi_linear, "),
         ("engine=none", "engine=none: unknown choice; allowed: ddp"),
+        ("engine=null", "engine=null: unknown choice; allowed: ddp"),
+        ("schedule=[]", "schedule=[]: unknown choice; allowed: constant, cosine, wsd"),
         ("trainer.steps=many", "trainer.steps=many: allowed: int"),
         ("trainer.steps=0", "trainer.steps is 0; allowed: 1 or more"),
+        ("trainer.seed=9223372036854775808", "trainer.seed=9223372036854775808: allowed: int"),
+        ("trainer.grad_clip=nan", "trainer.grad_clip=nan: allowed: finite float or null"),
+        ("trainer.router_bias_rate=-1", "trainer.router_bias_rate is -1; allowed: 0 or more"),
+        ("eval.batches=0", "eval.batches is 0; allowed: 1 or more, or null"),
         ("trainer.steps=[1", "'trainer.steps=[1': not understood"),
         ("trainer.precision=fp8", "trainer.precision=fp8: allowed: fp32, bf16, fp64 or null"),
         ("optim.lr=${nothing}", "Interpolation key 'nothing' not found; full_key: optim.lr"),
         ("optim.lr=-1", "optim.lr is -1; allowed: above 0"),
+        ("optim.eps=0", "optim.eps is 0; allowed: above 0"),
         ("schedule.decay=2", "schedule.decay is 2; allowed: 0 to 1"),
         ("parallel.cp=2", "parallel.cp is 2; parallel=single allows 1"),
         ("data.seq_len=0", "data.seq_len=0: "),
@@ -87,9 +98,14 @@ def test_a_sweep_gives_each_job_a_folder(train, tmp_path):
         ("model.pattern=[kda,zeta]", "model.pattern names 'zeta'"),
         ("mixer.gqa.num_kv_heads=3 model=transformer", "mixer.gqa.num_kv_heads is 3"),
         ("model.vocab_size=10", "model.vocab_size=10: allowed: 320 (tokenizer) or more"),
+        ("model.vocab_size=0", "model.vocab_size=0: allowed: 320 (tokenizer) or more"),
+        ("model.vocab_size=all", "model.vocab_size=all: allowed: 320 (tokenizer) or more"),
+        ("model.moe=false", "model.moe=False: allowed: a section, whose keys are model.moe.*"),
+        ("mixer.kda=null", "mixer.kda=None: allowed: a section, whose keys are mixer.kda.*"),
         ("logging.wandb=maybe", "logging.wandb=maybe: allowed: off, offline, online"),
         ("resume=/nowhere", "resume=/nowhere: "),
-        ("init_from=/nowhere", "/nowhere: "),
+        ("resume=3", "resume=3: allowed: str"),
+        ("init_from=/nowhere", "init_from=/nowhere: no weights in /nowhere; allowed: "),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(train, tmp_path, argument, line):
@@ -104,6 +120,13 @@ def test_a_run_that_fails_says_why_and_exits_with_1(train, tmp_path):
     assert len(errors) == 1 and errors[0].startswith("error: step 2: loss nan")
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status == {"outcome": "failed", "reason": errors[0].removeprefix("error: ")}
+
+
+def test_a_held_out_loss_that_is_not_finite_ends_the_run(train, tmp_path):
+    more = ["optim.lr=1e30", "trainer.grad_clip=null", "eval.every=1"]
+    code, _, errors = train(*overrides(tmp_path, *more))
+    assert code == 1
+    assert errors == ["error: step 1: eval_loss nan on the held-out documents"]
 
 
 def test_the_configuration_can_be_shown(train):

@@ -30,6 +30,8 @@ def test_decay_moves_matrices_only():
     torch.testing.assert_close(layer.bias.detach(), bias, rtol=0, atol=0)
 
 
-def test_a_rate_must_be_positive():
+def test_rate_and_eps_must_be_positive():
     with pytest.raises(ValueError, match="lr is 0"):
         adamw(torch.nn.Linear(1, 1), lr=0)
+    with pytest.raises(ValueError, match="eps is 0"):
+        adamw(torch.nn.Linear(1, 1), lr=1, eps=0)

@@ -13,7 +13,7 @@ from models.checkpoints.families import family_for
 from models.checkpoints.shards import write_shards
 from models.checkpoints.table import check_shapes
 from trainer.checkpoint.weights import WeightSource, open_weights
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, naming
 
 Format = Literal["hf", "native"]
 Dtype = Literal["bf16", "fp32"]
@@ -48,7 +48,8 @@ def convert(
         raise ConfigError(f"target={target}: exists already; allowed: a new folder")
     if max_shard_gb <= 0:
         raise ConfigError(f"max_shard_gb={max_shard_gb}: allowed: above 0")
-    weights = open_weights(Path(source))
+    with naming("source", source):
+        weights = open_weights(Path(source))
     staging = path.parent / f".{path.name}"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)

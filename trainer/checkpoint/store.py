@@ -8,6 +8,7 @@ format under fully-qualified names, so that engine and number of ranks may chang
 import io
 import json
 import logging
+import math
 import platform
 import re
 import shutil
@@ -34,11 +35,12 @@ log = logging.getLogger(__name__)
 
 State = dict[str, dict[str, Any]]
 
+_PROGRESS = "progress.json"
 _STEP = re.compile(r"step_(\d{8,})")
 
 
 class CheckpointStore:
-    """Every method is collective: all ranks call it, and all raise if one of them fails."""
+    """A collective method is called by all ranks, and raises on all if it fails on one."""
 
     def __init__(self, folder: Path, *, keep: int) -> None:
         """keep: how many of the newest checkpoints stay; all, if not positive."""
@@ -62,13 +64,17 @@ class CheckpointStore:
     def resolve(self, resume: str) -> Path | None:
         """The checkpoint to go on from; None to start afresh.
 
-        resume: "auto", the newest one here that is whole; "none"; or the path of a checkpoint or
-        of a run folder. Raises ConfigError if a path leads to nothing whole.
+        resume: "auto", the newest whole one here that is not ahead of the pointer; "none"; or the
+        path of a checkpoint or of a run folder. Raises ConfigError if it leads to nothing whole.
         """
         return together(lambda: self._find(resume) if process_rank() == 0 else None)[0]
 
-    def load(self, path: Path, state: State) -> dict[str, Any]:
-        """Fills `state` in place, restores this rank's random generators, returns `progress`.
+    def progress(self, path: Path) -> dict[str, Any]:
+        """What `save` was given; a plain read, where the other methods are collective."""
+        return json.loads((path / _PROGRESS).read_bytes())
+
+    def load(self, path: Path, state: State) -> None:
+        """Fills `state` in place and restores this rank's random generators.
 
         The generators stay as they are where the checkpoint is of another number of ranks. Raises
         ConfigError, before anything is filled, if the checkpoint holds another model or optimiser.
@@ -78,7 +84,6 @@ class CheckpointStore:
             dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=process_ranks() == 1)
         if json.loads((path / MANIFEST).read_bytes())["ranks"] == process_ranks():
             random_state.restore(torch.load(path / _rng_file(), weights_only=True))
-        return json.loads((path / "progress.json").read_bytes())
 
     def _clear(self, staging: Path) -> None:
         for stale in self.folder.glob(".step_*"):
@@ -128,7 +133,11 @@ class CheckpointStore:
 def _newest(folder: Path) -> Path | None:
     for stale in sorted(folder.glob(".step_*")):
         log.warning("skipping %s: it was never completed", stale)
-    for _, path in reversed(_steps(folder)):
+    last = _last_step(folder)
+    for step, path in reversed(_steps(folder)):
+        if step > last:
+            log.warning("skipping checkpoint %s: the run went back behind it", path.name)
+            continue
         try:
             read_manifest(path)
         except ConfigError as error:
@@ -136,6 +145,13 @@ def _newest(folder: Path) -> Path | None:
         else:
             return path
     return None
+
+
+def _last_step(folder: Path) -> float:
+    """The step that the pointer names: later ones are of a future that was left."""
+    pointer = folder / "latest"
+    match = _STEP.fullmatch(pointer.read_text().strip()) if pointer.is_file() else None
+    return int(match[1]) if match else math.inf
 
 
 def _steps(folder: Path) -> list[tuple[int, Path]]:
@@ -159,7 +175,7 @@ def _write(
     side = {_rng_file(): rng.getvalue()}
     names = [path.name for path in staging.glob(f"__{process_rank()}_*")]
     if process_rank() == 0:
-        side |= {"progress.json": json.dumps(progress).encode(), "config.yaml": config.encode()}
+        side |= {_PROGRESS: json.dumps(progress).encode(), "config.yaml": config.encode()}
         names.append(".metadata")
     for name, data in side.items():
         write_durably(staging / name, data)

@@ -59,7 +59,7 @@ def open_weights(path: Path) -> WeightSource:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     raise ConfigError(
-        f"{path}: no weights there; allowed: a Hugging Face folder (config.json), a native folder "
+        f"no weights in {path}; allowed: a Hugging Face folder (config.json), a native folder "
         f"(config.yaml, model.safetensors), a checkpoint ({MANIFEST}) or a run_dir with one"
     )
 

@@ -37,6 +37,11 @@ def padded(size: int) -> int:
     return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
+def as_bytes(text: bytes | str) -> bytes:
+    """Bytes of the command line that are not UTF-8 arrive as lone surrogates, and become again."""
+    return text if isinstance(text, bytes) else text.encode("utf-8", errors="surrogateescape")
+
+
 class ByteTokenizer:
     """Ids 0-255 are bytes, 256 ends a document, 257 pads; reads any content."""
 
@@ -46,10 +51,7 @@ class ByteTokenizer:
     fingerprint = "bytes-1"
 
     def encode(self, text: bytes | str) -> NDArray[np.integer]:
-        if isinstance(text, str):
-            # Bytes of the command line that are not UTF-8 arrive as lone surrogates.
-            text = text.encode("utf-8", errors="surrogateescape")
-        return np.frombuffer(text, np.uint8)
+        return np.frombuffer(as_bytes(text), np.uint8)
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
         ids = np.asarray(ids, np.int64)
@@ -92,9 +94,8 @@ class HuggingFaceTokenizer:
         self.fingerprint = hashlib.sha256(content).hexdigest()
 
     def encode(self, text: bytes | str) -> NDArray[np.integer]:
-        if isinstance(text, bytes):
-            text = text.decode("utf-8", errors="replace")
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        readable = as_bytes(text).decode("utf-8", errors="replace")
+        ids = self._tokenizer.encode(readable, add_special_tokens=False).ids
         return np.array(ids, np.uint32)
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:

@@ -12,10 +12,10 @@ from trainer.loss import LanguageModelLoss
 
 
 @torch.no_grad()
-def run(loss: LanguageModelLoss, batches: Iterable[Batch], mesh: Mesh) -> dict[str, float]:
+def run(loss: LanguageModelLoss, batches: Iterable[Batch], mesh: Mesh) -> dict[str, float | None]:
     """loss in nats a token, perplexity, and the number of tokens scored, over all ranks.
 
-    batches: this rank's share. Perplexity is infinite where its exponent overflows.
+    batches: this rank's share. What is not finite is None, as JSON has no name for it.
     """
     total = torch.zeros(2, dtype=torch.float64)  # loss, tokens
     for batch in batches:
@@ -23,5 +23,6 @@ def run(loss: LanguageModelLoss, batches: Iterable[Batch], mesh: Mesh) -> dict[s
         total[1] += batch.valid_labels
     nats, tokens = sum_over_ranks(total, mesh.group).tolist()
     mean = nats / tokens if tokens else math.nan
-    perplexity = math.exp(mean) if mean < 700 else math.inf
-    return {"loss": mean, "perplexity": perplexity, "tokens": int(tokens)}
+    figures = {"loss": mean, "perplexity": math.exp(mean) if mean < 700 else math.inf}
+    finite = {name: x if math.isfinite(x) else None for name, x in figures.items()}
+    return {**finite, "tokens": int(tokens)}

@@ -1,5 +1,7 @@
 """The chunked delta rule against the token loop: outputs, states and every gradient."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -132,6 +134,30 @@ def test_segments_chained_equal_the_whole(op):
         state = result.final_state
     torch.testing.assert_close(torch.cat(outputs, 1), whole.output, rtol=0, atol=1e-13)
     torch.testing.assert_close(state, whole.final_state, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("op", [TokenLoopDeltaRule(), ChunkedDeltaRule()], ids=["loop", "chunked"])
+def test_a_gap_forgets_the_state(op):
+    """Runs of a row, as a rank of a context-parallel run holds them, know nothing of each other."""
+    rows = [
+        [Fragment(70, 300, 200), Fragment(10, 370, 270), Fragment(65, 500, 400), Fragment(5, 600)],
+        [Fragment(64, 40), Fragment(86, 110, 70)],
+    ]
+    info = SequenceInfo.from_fragments(rows)
+    *tokens, state = make_inputs(info, "keeping", torch.float64)
+    output, final = op(*tokens, info, initial_state=state)
+    for b, cuts in enumerate([(0, 80, 145, 150), (0, 64, 150)]):
+        entering = state[b : b + 1]
+        for start, stop in pairwise(cuts):
+            part = [x[b : b + 1, start:stop] for x in tokens]
+            first = int(info.index[b, start]), int(info.positions[b, start])
+            alone = SequenceInfo.from_fragments([[Fragment(stop - start, *first)]])
+            result = op(*part, alone, initial_state=entering)
+            torch.testing.assert_close(
+                output[b : b + 1, start:stop], result.output, atol=1e-13, rtol=0
+            )
+            entering = torch.zeros_like(entering)
+        torch.testing.assert_close(final[b : b + 1], result.final_state, atol=1e-13, rtol=0)
 
 
 def test_summary_is_the_affine_map_of_the_state():

@@ -1,6 +1,7 @@
 """Choosing implementations by name."""
 
 import pytest
+import torch
 
 from models.ops import select
 from models.ops.conv import FragmentConv, ShiftedConv
@@ -40,6 +41,18 @@ def test_auto_on_cuda(packages):
     assert type(ops.experts()) is GroupedMatmulExperts
 
 
+def test_auto_takes_no_kernel_that_would_narrow(packages):
+    wide = "softmax=reference delta_rule=chunked"
+    conv = "fla" if packages else "fused"
+    ops = Ops(device="cuda", dtype=torch.float32)
+    assert ops.describe() == f"{wide} conv={conv} experts=grouped"
+    ops = Ops(device="cuda", dtype=torch.float64)
+    assert ops.describe() == f"{wide} conv=fused experts=reference"
+    assert Ops(device="cuda", dtype=torch.bfloat16).describe() == Ops(device="cuda").describe()
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        assert Ops(dtype=dtype).describe() == Ops().describe()
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda:1", "meta"])
 def test_reference_runs_everywhere(device):
     name = "reference"
@@ -60,6 +73,11 @@ def test_an_explicit_name_never_falls_back(monkeypatch):
         "allowed here: auto, aten, reference": {"softmax": "flash", "device": "cuda"},
         "ops.delta_rule=fla runs on cuda and the device is cpu; "
         "allowed here: auto, chunked, reference": {"delta_rule": "fla"},
+        "ops.softmax=aten does not compute in torch.float32; allowed here: auto, reference": {
+            "softmax": "aten",
+            "device": "cuda",
+            "dtype": torch.float32,
+        },
         "ops.conv=fast does not exist; allowed here: auto, fused, reference": {"conv": "fast"},
     }
     for message, keywords in cases.items():

@@ -27,7 +27,8 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path):
     after = draw()
     state = make_state(0.0)
     tensor = state["model"]["layers.0.weight"]
-    assert store.load(path, state) == {"loss": 7.0 / 3}
+    assert store.progress(path) == {"loss": 7.0 / 3}
+    store.load(path, state)
     assert same(state, make_state(7.0))
     assert state["model"]["layers.0.weight"] is tensor  # filled in place
     assert draw() == after
@@ -114,6 +115,16 @@ def test_a_run_that_went_back_writes_its_step_again(tmp_path):
     state = make_state(0.0)
     store.load(path, state)
     assert same(state, make_state(5.0))
+
+
+def test_auto_stays_on_the_branch_of_a_run_that_went_back(tmp_path, caplog):
+    store = CheckpointStore(tmp_path, keep=0)
+    for step in (2, 4):
+        save(store, step)
+    back = save(store, 3)
+    with caplog.at_level(logging.WARNING):
+        assert store.resolve("auto") == back
+    assert "skipping checkpoint step_00000004: the run went back behind it" in caplog.text
 
 
 def test_a_path_may_be_a_checkpoint_or_a_run_folder(tmp_path):
