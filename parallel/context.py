@@ -75,7 +75,7 @@ def build_schemes(
     """The scheme of each contract, by name.
 
     usp is ulysses over the `ulysses` axis around `outer` over the `ring` axis; all others use the
-    whole context axis. From scan_ranks ranks on, states are passed by a scan in log2(ranks) rounds.
+    whole context axis. Above scan_ranks ranks, states are passed by a scan in log2(ranks) rounds.
     """
     passing = partial(StatePassing, axis=context, scan_ranks=scan_ranks)
     heads = partial(UlyssesRecurrence, axis=context)

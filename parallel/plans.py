@@ -29,7 +29,7 @@ def own_rank(info: SequenceInfo) -> int:
     return info.peers.index(info.fragments[0])
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)  # 17 bytes a token on the device
 def row_info(row: Row, device: torch.device, peers: tuple[Row, ...] = ()) -> SequenceInfo:
     """The same `SequenceInfo` for equal arguments, so that its tensors are moved once."""
     return SequenceInfo.from_fragments([row], device, peers=peers)

@@ -4,16 +4,18 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from models.hybrid import HybridLM
 from parallel.collectives import gather_objects, max_over_ranks, sum_over_ranks
+from parallel.layout import TokenLayout
 from parallel.mesh import Mesh
 from trainer.batch import Batch
 from trainer.checkpoint.store import CheckpointStore
@@ -21,7 +23,7 @@ from trainer.data import TrainStream
 from trainer.engine import Engine
 from trainer.errors import ConfigError, TrainingError
 from trainer.metrics import Record, peak_memory_gib
-from trainer.sharder import Sharder
+from trainer.sharder import Sharder, digest
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,15 @@ class Sink(Protocol):
     def log(self, record: Record) -> None: ...
 
     def close(self) -> None: ...
+
+
+class _Prepared(NamedTuple):
+    """A step before it is taken."""
+
+    batches: list[Batch]
+    layouts: list[TokenLayout]
+    epoch: int
+    state: dict  # of the stream behind it
 
 
 @dataclass(kw_only=True)
@@ -60,6 +71,9 @@ class Trainer:
     eval_batches: int | None = None
     peak_flops: float | None = None
     sinks: list[Sink] = field(default_factory=list)
+    _reader: Executor = field(default_factory=lambda: ThreadPoolExecutor(1), init=False)
+    _ahead: Future[_Prepared] | None = field(default=None, init=False)
+    _read: dict | None = field(default=None, init=False)  # where the stream is behind this step
 
     def run(self) -> Path | None:
         """-> the last checkpoint written, None if there was no step to do.
@@ -86,11 +100,11 @@ class Trainer:
 
     def train_step(self) -> Record:
         """One optimiser step over the micro-batches of all ranks; -> its record."""
-        start, epoch = time.perf_counter(), self.stream.epoch
-        batches, digest = self.stream.next_step(), 0
-        if self.sharder is not None:
-            batches, digest = self.sharder.step(batches)
-        labels, tokens, context = self._count(batches, digest)
+        start = time.perf_counter()
+        ahead = self._ahead or self._reader.submit(self._prepare)
+        batches, layouts, epoch, self._read = ahead.result()
+        self._ahead = self._reader.submit(self._prepare)
+        labels, tokens, context = self._count(batches, digest(layouts))
         losses = []
         for i, batch in enumerate(batches, start=1):
             last = i == len(batches)
@@ -121,6 +135,8 @@ class Trainer:
             "seconds": seconds,
             "epoch": epoch,
         }
+        if self.sharder is not None:
+            self.sharder.count(layouts)
         if self.mesh.context is not None:
             received = torch.tensor(self.mesh.context.traffic.take().total())
             record["comm_bytes"] = int(max_over_ranks(received, self.mesh.group))
@@ -146,7 +162,7 @@ class Trainer:
         return float(sum_over_ranks(total, self.mesh.group)) / labels if labels else None
 
     def save(self) -> Path:
-        progress = {"step": self.step, "stream": self.stream.state()}
+        progress = {"step": self.step, "stream": self._read or self.stream.state()}
         path = self.store.save(
             self.step, self.engine.state(), progress=progress, config=self.config
         )
@@ -156,26 +172,36 @@ class Trainer:
     def load(self, checkpoint: Path) -> None:
         """Goes on where the checkpoint was written."""
         progress = self.store.progress(checkpoint)
+        self._ahead, self._read = None, None
         self.stream.restore(progress["stream"])  # first: names another tokenizer, not its shapes
         state = self.engine.state()
         self.store.load(checkpoint, state)
         self.engine.load_state(state)
         self.step = progress["step"]
 
+    def _prepare(self) -> _Prepared:
+        """Reads the next step and plans its layouts, while the step before it computes."""
+        epoch, batches = self.stream.epoch, self.stream.next_step()
+        layouts: list[TokenLayout] = []
+        if self.sharder is not None:
+            batches, layouts = self.sharder.step(batches)
+        return _Prepared(batches, layouts, epoch, self.stream.state())
+
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def _count(self, batches: list[Batch], digest: int) -> tuple[int, int, int]:
+    def _count(self, batches: list[Batch], plan: int) -> tuple[int, int, int]:
         """Labels, tokens and tokens seen, over micro-batches and ranks; on the host, so that no
         device is waited for.
 
-        digest: of what this rank knows that its context peers must know too. Raises ConfigError on
-        every rank if one group's digests differ, as the next message would never arrive.
+        plan: a digest of what this rank knows that its context peers must know too. Raises
+        ConfigError on every rank if one group's digests differ, as the next message would never
+        arrive.
         """
         local = torch.zeros(3 + 2 * self.mesh.data_ranks, dtype=torch.int64)
         local[:3] = torch.tensor([_extent(batch) for batch in batches]).sum(0)
         own = 3 + 2 * self.mesh.data_rank
-        local[own : own + 2] = torch.tensor([digest, digest**2])
+        local[own : own + 2] = torch.tensor([plan, plan**2])
         labels, tokens, context, *sums = sum_over_ranks(local, self.mesh.group).tolist()
         for data_rank, (total, squares) in enumerate(zip(sums[::2], sums[1::2], strict=True)):
             if squares * self.mesh.context_ranks != total**2:  # equal just if all terms are

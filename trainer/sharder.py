@@ -10,6 +10,14 @@ from trainer.batch import Batch
 DIGEST_BITS = 24  # the squares of 32,000 digests sum below 2**63
 
 
+def digest(layouts: Sequence[TokenLayout]) -> int:
+    """Equal on two ranks, up to chance, just if they planned the same; 0 for none.
+
+    Tuples of integers hash alike in every process.
+    """
+    return hash(tuple(layout.ranks for layout in layouts)) % 2**DIGEST_BITS if layouts else 0
+
+
 class Sharder:
     """The part of one context rank of every batch; each rank plans the same layout by itself."""
 
@@ -31,17 +39,19 @@ class Sharder:
             multiple=self.multiple,
         )
 
-    def step(self, batches: Sequence[Batch]) -> tuple[list[Batch], int]:
-        """This rank's part of the micro-batches of a step, and a digest of their layouts."""
+    def step(self, batches: Sequence[Batch]) -> tuple[list[Batch], list[TokenLayout]]:
+        """This rank's part of the micro-batches of a step, and their layouts."""
         layouts = [self.plan(batch) for batch in batches]
-        self._sums += np.sum([layout.report() for layout in layouts], axis=0)
-        self._count += len(layouts)
         parts = [
             batch.shard(layout, self.rank, pad_id=self.pad_id)
             for batch, layout in zip(batches, layouts, strict=True)
         ]
-        # Tuples of integers hash alike in every process.
-        return parts, hash(tuple(layout.ranks for layout in layouts)) % 2**DIGEST_BITS
+        return parts, layouts
+
+    def count(self, layouts: Sequence[TokenLayout]) -> None:
+        """Takes the layouts of a step that is done into the account."""
+        self._sums += np.sum([layout.report() for layout in layouts], axis=0)
+        self._count += len(layouts)
 
     def describe(self) -> str:
         """One line for the log: means over the micro-batches of all steps so far."""
