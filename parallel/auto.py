@@ -25,7 +25,7 @@ from parallel.shapes import LatentShape, RecurrenceShape, Shape, SoftmaxShape
 # Of a device and its link to another node: 500 TFLOP/s and 50 GB/s, an H100 with 400 Gbit/s.
 FLOPS_PER_BYTE = 10_000
 
-Attention = Sequence[SoftmaxShape] | Sequence[LatentShape]  # layers that share a scheme
+Attention = Sequence[SoftmaxShape | LatentShape]  # of layers that share a scheme
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +42,14 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """Values for the section `parallel`, and a line per operation that says why."""
+    """Values for the section `parallel`, and why, in a line for each operation of the model."""
 
     ulysses: int
     softmax: AttentionScheme
     latent: AttentionScheme
     recurrence: RecurrenceScheme
     outer: Outer
-    reasons: tuple[str, ...]
+    reasons: Mapping[str, str]
 
 
 def decide(shapes: Collection[Shape], setting: Setting) -> Decision:
@@ -64,24 +64,27 @@ def decide(shapes: Collection[Shape], setting: Setting) -> Decision:
     outer: Outer = "ring" if softmax and setting.tokens * degree >= hidden else "gather"
     softmax_scheme = _scheme(degree, outer, setting)
     latent_scheme = _scheme(_degree(latent, ulysses, setting), "gather", setting)
-    reasons = []
+    reasons = {}
     if softmax:
         hops = f"hops hide behind blocks of {hidden:,} tokens or more"
         costs = _costs(softmax, ulysses, outer, setting)
-        reasons.append(_reason("softmax", softmax_scheme, f"{_shared(softmax)}; {hops}", costs))
+        why = f"{_shared(softmax)}; {hops}"
+        reasons["softmax"] = _reason(softmax_scheme, why, costs)
     if latent:
         costs = _costs(latent, ulysses, outer, setting)
-        reasons.append(_reason("latent", latent_scheme, _shared(latent), costs))
+        most = min((shape.expanded - 1) // shape.width for shape in latent)
+        why = f"{_shared(latent)}, at most {most} times, as latents then are less than keys"
+        reasons["latent"] = _reason(latent_scheme, why, costs)
     if recurrence:
         costs = _recurrence_costs(recurrence, setting)
-        reasons.append(_reason("recurrence", "state_passing", "the same at any length", costs))
+        reasons["recurrence"] = _reason("state_passing", "the same at any length", costs)
     return Decision(
         ulysses=ulysses,
         softmax=softmax_scheme,
         latent=latent_scheme,
         recurrence="state_passing",
         outer=outer,
-        reasons=tuple(reasons),
+        reasons=reasons,
     )
 
 
@@ -158,9 +161,7 @@ def _costs(shapes: Attention, ulysses: int, outer: Outer, setting: Setting) -> d
     }
 
 
-def _bytes(
-    shape: SoftmaxShape | LatentShape, outer: Outer, degree: int, setting: Setting
-) -> Bytes:
+def _bytes(shape: SoftmaxShape | LatentShape, outer: Outer, degree: int, setting: Setting) -> Bytes:
     """Ring, gather and ulysses are the two-level scheme with one rank on one of the levels."""
     numbers = {
         "tokens": setting.tokens,
@@ -184,9 +185,9 @@ def _recurrence_costs(shapes: Sequence[RecurrenceShape], setting: Setting) -> di
     return {name: sum(found, Bytes()) for name, found in costs.items()}
 
 
-def _reason(op: str, scheme: str, why: str, costs: Mapping[str, Bytes]) -> str:
+def _reason(scheme: str, why: str, costs: Mapping[str, Bytes]) -> str:
     received = ", ".join(f"{name} {cost.total / 2**20:,.2f}" for name, cost in costs.items())
     return (
-        f"{op}={scheme}: {why}; MiB to a rank, forward and backward of a layer, for one document "
+        f"{scheme}: {why}; MiB to a rank, forward and backward of a layer, for one document "
         f"over all ranks: {received}"
     )

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 
 from torch import Tensor, nn
 
@@ -63,8 +64,8 @@ Shape = SoftmaxShape | LatentShape | RecurrenceShape | ConvShape
 def record_shapes(module: nn.Module, run: Callable[[], object]) -> set[Shape]:
     """Shapes of the operations that `run` calls inside `module`.
 
-    The operations are not computed but return tensors without values, so `run` may take a module
-    on the meta device. They stay replaced: the module is of no other use any more.
+    The operations are not computed but return tensors without values, so that the module may be one
+    without memory. They stay replaced: it is of no other use any more.
     """
     found: set[Shape] = set()
     for op in module.modules():
@@ -76,7 +77,7 @@ def record_shapes(module: nn.Module, run: Callable[[], object]) -> set[Shape]:
 
 
 def _softmax(op: SequenceOp, found: set, q: Tensor, k: Tensor, v: Tensor, *_, **__) -> Tensor:
-    heads, kv_heads, dim, v_dim = *q.shape[2:3], *k.shape[2:4], v.shape[3]
+    (heads, dim), (kv_heads, v_dim) = q.shape[2:], v.shape[2:]
     found.add(SoftmaxShape(heads=heads, kv_heads=kv_heads, dim=dim, v_dim=v_dim))
     return q.new_empty(*q.shape[:3], v_dim)
 
@@ -101,10 +102,8 @@ def _latent(
 def _recurrence(
     op: LinearRecurrence, found: set, q: Tensor, k: Tensor, v: Tensor, *_, **__
 ) -> Recurrent:
-    batch, _, heads, key_dim = k.shape
-    transition = 1
-    for extent in op.transition.shape(key_dim):
-        transition *= extent
+    batch, (heads, key_dim) = len(k), k.shape[2:]
+    transition = prod(op.transition.shape(key_dim))
     found.add(
         RecurrenceShape(heads=heads, key_dim=key_dim, value_dim=v.shape[3], transition=transition)
     )

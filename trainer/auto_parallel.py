@@ -2,31 +2,79 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from models.mixer import Mixer
 from models.ops.select import Ops
 from models.sequence import SequenceInfo
 from parallel.auto import Setting, decide
-from parallel.mesh import world
 from parallel.shapes import Shape, record_shapes
-from trainer.construct import call, construct
-from trainer.errors import ConfigError
-from trainer.settings import Numerics, Settings
+from trainer.build import build_model, mixers_of
+from trainer.construct import call
+from trainer.settings import Numerics, Parallelism, Settings
 
 Config = Mapping[str, Any]
-CHOSEN = ("ulysses", "softmax", "latent", "recurrence", "outer")
+
+# What may be `auto`; the values stand for it while the other keys are checked.
+CHOSEN = {
+    "ulysses": 1,
+    "softmax": "ring",
+    "latent": "ring",
+    "recurrence": "state_passing",
+    "outer": "ring",
+}
 
 
-def resolve_parallel(config: Config) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The section `parallel` without `auto`, and why it is so, in lines for the log.
+def resolve_parallel(config: Config) -> tuple[dict[str, Any], list[str]]:
+    """The section `parallel` without `auto`, and lines for the log that say why.
 
-    Every rank finds the same. Raises ConfigError.
+    config: the sections parallel, model, mixer, data and trainer. All ranks find the same.
+    Raises ConfigError.
     """
     section = dict(config["parallel"])
     left = [key for key in CHOSEN if section.get(key) == "auto"]
     if not left:
-        return section, ()
+        return section, []
+    stated: Parallelism = call(
+        Parallelism, section | {key: CHOSEN[key] for key in left}, "parallel"
+    )
+    settings: Settings = call(Settings, config["trainer"], "trainer")
+    launched = "RANK" in os.environ
+    ranks = stated.cp or (int(os.environ["WORLD_SIZE"]) if launched else 1)
+    setting = Setting(
+        ranks=ranks,
+        node=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        tokens=settings.micro_batch_size * config["data"]["seq_len"] // ranks,
+        size=_activation_size(settings),
+        scan_ranks=stated.scan_ranks,
+        ulysses=None if "ulysses" in left else stated.ulysses,
+    )
+    decision = decide(_shapes(config), setting)
+    section |= {key: getattr(decision, key) for key in left}
+    shared = ranks > 1
+    lines = [f"{op}={why}" for op, why in decision.reasons.items() if shared and op in left]
+    return section, lines
+
+
+def _shapes(config: Config) -> set[Shape]:
+    """Of the operations in one mixer of each kind in the model's pattern."""
+    found: set[Shape] = set()
+    with FakeTensorMode():  # no memory, as on the meta device, but autocast knows this one
+        sections = config["model"], config["mixer"]
+        model = build_model(*sections, vocab_size=1, ops=Ops(), device="cpu")
+        kinds = dict(zip(model.pattern, mixers_of(model), strict=True))
+        info = SequenceInfo.from_lengths([[2]])
+        x = torch.empty(*info.shape, config["model"]["d_model"])
+        for mixer in kinds.values():
+            found |= record_shapes(mixer, partial(mixer, x, info))
+    return found
+
+
+def _activation_size(settings: Settings) -> int:
+    """Bytes of one value that travels."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    numerics = Numerics.choose(settings.precision, device)
+    return (numerics.autocast or numerics.parameters).itemsize

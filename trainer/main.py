@@ -25,8 +25,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from parallel import mesh as meshes
+from trainer.auto_parallel import resolve_parallel
 from trainer.build import build_mesh, build_trainer
 from trainer.checkpoint.convert import convert as write_weights
+from trainer.checkpoint.weights import open_weights
 from trainer.console import configure_logging, log, log_to_file
 from trainer.construct import call
 from trainer.errors import ConfigError, TrainingError
@@ -113,10 +115,9 @@ def exit_codes(config_name: str) -> Iterator[None]:
 
 def job_folder() -> str:
     """A name for this job of a sweep: a repeated sweep finds its jobs, another one does not."""
-    hydra_config = HydraConfig.get()
-    if hydra_config.mode != RunMode.MULTIRUN:
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return ""
-    job = hydra_config.job
+    job = HydraConfig.get().job
     return f"{job.num}_{hashlib.sha256(job.override_dirname.encode()).hexdigest()[:8]}"
 
 
@@ -137,6 +138,8 @@ def train(config: dict[str, Any]) -> None:
     with session(run_dir, mesh):
         if mesh.main:
             log_to_file(run_dir / "train.log")
+        for reason in reasons:
+            log.info("auto    %s", reason)
         trainer = build_trainer(config, mesh=mesh, run_dir=run_dir)
         if mesh.main:
             write_whole(run_dir / "config.yaml", trainer.config)
@@ -147,8 +150,12 @@ def train(config: dict[str, Any]) -> None:
 
 def evaluate(config: dict[str, Any]) -> None:
     """Prints a task's figures as one JSON object, the last line of standard output."""
+    sections = open_weights(Path(config["checkpoint"])).config
+    config["parallel"], reasons = resolve_parallel(config | sections)
     mesh = build_mesh(config["parallel"])
     configure_logging(main=mesh.main, stream=sys.stderr)
+    for reason in reasons:
+        log.info("auto    %s", reason)
     given = [override.partition("=")[0] for override in HydraConfig.get().overrides.task]
     if "data" not in given:
         changed = [key.removeprefix("data.") for key in given if key.startswith("data.")]
