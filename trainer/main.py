@@ -133,6 +133,7 @@ def train(config: dict[str, Any]) -> None:
     start: Start = call(Start, {key: config[key] for key in ("run_dir", "resume", "init_from")}, "")
     run_dir = Path(start.run_dir or Path("runs", str(config["model"]["name"])), job_folder())
     config["run_dir"] = str(run_dir)
+    config["parallel"], reasons = resolve_parallel(config)
     mesh = build_mesh(config["parallel"])
     configure_logging(main=mesh.main)
     with session(run_dir, mesh):

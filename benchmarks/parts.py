@@ -1,0 +1,145 @@
+"""What suite=attention measures: an operation with random inputs, or a block of layers, on the
+tokens of one rank.
+
+A token's numbers depend on the seed and on its index in the packed sequence alone, so that the
+ranks of any layout hold parts of the same inputs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.job import Config
+from benchmarks.subjects import initialised_model
+from models.mixers.kda import l2_normalise
+from models.ops.latent import keys_and_values
+from models.residual import Stream
+from models.sequence import SequenceInfo
+from trainer.build import build_ops
+
+Part = Literal["softmax", "mla_keys", "mla", "kda", "hybrid"]
+HYBRID = ["kda", "kda", "kda", "mla"]
+BLOCK = 256  # tokens drawn at once
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A part on one rank; schemes replace the operations in `module`."""
+
+    module: nn.Module
+    tokens: list[Tensor]  # [1, seq, ...], of this rank's tokens
+    weights: list[Tensor]  # the same on all ranks
+    run: Callable[[], Tensor]  # -> [1, seq, ...]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [*self.tokens, *self.weights]
+
+
+class Operation(NamedTuple):
+    tokens: list[Tensor]
+    weights: list[Tensor]
+    function: Callable[..., Tensor]  # of the op, the `SequenceInfo`, tokens and weights
+
+
+class Draw:
+    """Normal numbers for the tokens at these indices; zeros for those at -1, which is padding."""
+
+    def __init__(self, index: Tensor, *, seed: int, dtype: torch.dtype, device: str) -> None:
+        self.index, self.seed, self.dtype, self.device = index, seed, dtype, device
+        self.drawn = 0  # tensors
+
+    def __call__(self, *shape: int, then: Callable[[Tensor], Tensor] = torch.clone) -> Tensor:
+        """[1, seq, *shape]; `then` makes of them what the operation takes. Equal in fp32 and fp64."""
+        out = torch.zeros(len(self.index), *shape)
+        blocks = self.index.div(BLOCK, rounding_mode="floor")
+        for block in blocks[self.index >= 0].unique().tolist():
+            here = blocks == block
+            rows = self._normal(block, BLOCK, *shape)
+            out[here] = rows[self.index[here] % BLOCK]
+        self.drawn += 1
+        return then(out).to(self.device, self.dtype).unsqueeze(0)
+
+    def weight(self, *shape: int) -> Tensor:
+        """The same on all ranks, of a size that keeps that of its last dim's sum."""
+        self.drawn += 1
+        drawn = self._normal(0, *shape) * shape[-1] ** -0.5
+        return drawn.to(self.device, self.dtype)
+
+    def _normal(self, block: int, *shape: int) -> Tensor:
+        generator = torch.Generator().manual_seed((self.seed * 100 + self.drawn) * 2**32 + block)
+        return torch.randn(*shape, generator=generator)
+
+
+def build_part(part: Part, config: Config, info: SequenceInfo, draw: Draw) -> Shared:
+    """config: sections of train.yaml; the sizes are those of its mixers."""
+    if part == "hybrid":
+        return _hybrid(config, info, draw)
+    ops = build_ops(config["ops"], draw.device)
+    build, op = {
+        "softmax": (_softmax, ops.softmax),
+        "mla_keys": (_mla_keys, ops.softmax),
+        "mla": (_mla, ops.latent),
+        "kda": (_kda, ops.delta_rule),
+    }[part]
+    module = nn.ModuleDict({"op": op()})
+    tokens, weights, function = build(config["mixer"], draw)
+    leaves = [x.requires_grad_() for x in (*tokens, *weights)]
+    return Shared(module, tokens, weights, lambda: function(module["op"], info, *leaves))
+
+
+def _softmax(mixers: Config, draw: Draw) -> Operation:
+    gqa = mixers["gqa"]
+    heads, kv_heads, dim = gqa["num_heads"], gqa["num_kv_heads"], gqa["head_dim"]
+    tokens = [draw(heads, dim), draw(kv_heads, dim), draw(kv_heads, dim)]
+    return Operation(tokens, [], lambda op, info, q, k, v: op(q, k, v, info))
+
+
+def _mla(mixers: Config, draw: Draw) -> Operation:
+    mla = mixers["mla"]
+    heads, nope, rope = mla["num_heads"], mla["nope_dim"], mla["rope_dim"]
+    tokens = [draw(heads, nope + rope), draw(mla["kv_rank"]), draw(rope)]
+    weights = [draw.weight(heads, nope + mla["v_dim"], mla["kv_rank"])]
+    return Operation(tokens, weights, lambda op, info, *x: op(*x, info))
+
+
+def _mla_keys(mixers: Config, draw: Draw) -> Operation:
+    """Keys and values are made before the operation, and travel in place of latents."""
+
+    def attend(op: nn.Module, info: SequenceInfo, q: Tensor, *latents: Tensor) -> Tensor:
+        return op(q, *keys_and_values(*latents, mixers["mla"]["nope_dim"]), info)
+
+    return _mla(mixers, draw)._replace(function=attend)
+
+
+def _kda(mixers: Config, draw: Draw) -> Operation:
+    heads, dim = mixers["kda"]["num_heads"], mixers["kda"]["head_dim"]
+    tokens = [
+        draw(heads, dim, then=lambda x: l2_normalise(x) * dim**-0.5),
+        draw(heads, dim, then=l2_normalise),
+        draw(heads, dim),
+        draw(heads, dim, then=lambda x: -0.1 * x.exp()),
+        draw(heads, then=torch.sigmoid),
+    ]
+    return Operation(tokens, [], lambda op, info, *x: op(*x, info).output)
+
+
+def _hybrid(config: Config, info: SequenceInfo, draw: Draw) -> Shared:
+    """Three KDA layers and one of MLA, each with its feed-forward; dense, as the choice of experts
+    differs between dtypes."""
+    sizes = {"pattern": HYBRID, "num_layers": len(HYBRID), "moe": None}
+    config = {**config, "model": {**config["model"], **sizes}}
+    model = initialised_model(config, seed=draw.seed, device=draw.device).to(draw.dtype)
+    weights = [*model.layers.parameters(), *model.residual.parameters()]
+    x = draw(config["model"]["d_model"]).requires_grad_()
+
+    def run() -> Tensor:
+        stream: Stream = (x,)
+        for layer in model.layers:
+            stream = layer(stream, info)
+        return model.residual.read(stream)
+
+    return Shared(model, [x], weights, run)
