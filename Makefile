@@ -15,10 +15,11 @@ $(VENV)/.installed: pyproject.toml
 
 # The main job on the embedded default: Kimi Linear on the standard library's source.
 train: install
-	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) scripts/train.py \
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) scripts/train.py \
 		model=kimi_linear data=stdlib data.seq_len=1024 data.batch_size=2 \
 		trainer.steps=120 run_dir=runs/first
 	$(BIN)/python scripts/generate.py checkpoint=runs/first prompt='def ' tokens=120
+	@echo; echo "checkpoint: runs/first/checkpoints/$$(cat runs/first/checkpoints/latest)"
 
 test: install
 	$(BIN)/python -m pytest -q
