@@ -16,9 +16,8 @@ from pathlib import Path
 from benchmarks.context import Case
 from benchmarks.documents import document_lengths
 from benchmarks.job import Config, Job, JobFailed
-from benchmarks.parts import Part
 from benchmarks.report import Column, Row
-from benchmarks.settings import Dtype, Settings
+from benchmarks.settings import Dtype, Part, Scheme, Settings
 
 COLUMNS = (
     Column("mask", "mask"),
@@ -39,7 +38,7 @@ COLUMNS = (
     Column("other_cores", "other load", ".2f"),
     Column("note", "note"),
 )
-SCHEMES: dict[Part, tuple[str, ...]] = {
+SCHEMES: dict[Part, tuple[Scheme, ...]] = {
     "softmax": ("ring", "gather", "ulysses", "usp"),
     "mla_keys": ("ring", "gather", "ulysses", "usp"),
     "mla": ("ring", "gather", "ulysses", "usp"),
@@ -95,10 +94,9 @@ def _part_rows(
 
 
 def _shared_cases(settings: Settings, case: Case) -> Iterator[Case]:
-    """usp takes twice the ranks, in pairs. One document has one good layout, and a bad one."""
-    layouts = [x for x in settings.layouts if len(case.documents) > 1 or x != "balanced"]
+    """usp takes twice the ranks, in pairs."""
     for scheme in SCHEMES[case.part]:
-        for layout in layouts:
+        for layout in settings.layouts:
             if scheme in settings.schemes:
                 ulysses = 2 if scheme == "usp" else 1
                 yield dataclasses.replace(case, scheme=scheme, layout=layout, ulysses=ulysses)

@@ -1,7 +1,7 @@
 """A part of suite=attention on one rank: time, memory, bytes and errors, of the worst rank."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -9,10 +9,11 @@ from torch import Tensor
 
 from benchmarks.job import Job, Result
 from benchmarks.measure import measure
-from benchmarks.parts import Draw, Part, Shared, build_part
+from benchmarks.parts import Draw, Shared, build_part
+from benchmarks.settings import Part, Scheme
 from models.sequence import Fragment
 from parallel.collectives import barrier, gather_objects, sum_over_ranks
-from parallel.context import apply_context_parallel, build_schemes
+from parallel.context import AttentionScheme, apply_context_parallel, build_schemes
 from parallel.layout import Strategy, TokenLayout, plan_layout
 from parallel.mesh import Mesh, join, leave
 
@@ -24,7 +25,7 @@ class Case:
     part: Part
     documents: Sequence[int]  # lengths
     reference: str  # a file that one rank writes in fp64, and others compare with
-    scheme: str | None = None  # None: one rank
+    scheme: Scheme | None = None  # None: one rank
     layout: Strategy = "contiguous"
     ulysses: int = 1
 
@@ -40,11 +41,10 @@ def measure_case(job: Job) -> Result:
     mesh = join(cp=None, ulysses=case.ulysses)
     layout = case_layout(case, mesh.context_ranks)
     index = torch.from_numpy(layout.index(mesh.rank))
-    dtype = torch.float64 if job.dtype == "fp64" else torch.float32
-    draw = Draw(index, seed=job.seed, dtype=dtype, device=job.device)
+    draw = Draw(index, seed=job.seed, precision=job.dtype, device=job.device)
     part = build_part(case.part, job.config, layout.info(mesh.rank, mesh.device), draw)
     share(part, case, mesh)
-    step = Step(part, index >= 0, bf16=job.dtype == "bf16")
+    step = Step(part, index >= 0, autocast=draw.numerics.autocast)
     if job.dtype == "fp64":
         torch.save(step.results(mesh), case.reference)
         return {}
@@ -79,15 +79,15 @@ def share(part: Shared, case: Case, mesh: Mesh) -> None:
     """Puts the scheme into the part."""
     if mesh.context is None or mesh.ulysses is None or mesh.ring is None:
         return
-    axes = {"context": mesh.context, "ulysses": mesh.ulysses, "ring": mesh.ring}
-    passing = case.scheme == "state_passing"
-    attention = "ring" if passing else case.scheme
-    recurrence = "ulysses" if case.scheme == "ulysses" else "state_passing"
+    assert case.scheme is not None
+    attention: AttentionScheme = "ring" if case.scheme == "state_passing" else case.scheme
     schemes = build_schemes(
-        **axes,
+        context=mesh.context,
+        ulysses=mesh.ulysses,
+        ring=mesh.ring,
         softmax=attention,
         latent=attention,
-        recurrence=recurrence,
+        recurrence="ulysses" if case.scheme == "ulysses" else "state_passing",
         scan_ranks=32,
         outer="ring",
     )
@@ -97,8 +97,8 @@ def share(part: Shared, case: Case, mesh: Mesh) -> None:
 class Step:
     """Forward and backward, from the output itself as its gradient; padding takes no part."""
 
-    def __init__(self, part: Shared, valid: Tensor, *, bf16: bool) -> None:
-        self.part, self.valid, self.bf16 = part, valid, bf16
+    def __init__(self, part: Shared, valid: Tensor, *, autocast: torch.dtype | None) -> None:
+        self.part, self.valid, self.autocast = part, valid, autocast
 
     def __call__(self) -> Tensor:
         return self._run().float().square().mean()
@@ -107,15 +107,17 @@ class Step:
         """tokens: [valid, ...] of the output and of the gradients of inputs; weights: gradients,
         summed over ranks."""
         output = self._run()
-        tokens = [output, *(x.grad for x in self.part.tokens)]
-        weights = [sum_over_ranks(x.grad, mesh.group) for x in self.part.weights]
-        return {"tokens": [x[0, self.valid] for x in tokens], "weights": weights}
+        grads = [x.grad for x in self.part.tokens]
+        tokens = [x[0, self.valid] for x in (output, *grads) if x is not None]
+        weights = [x.grad for x in self.part.weights]
+        summed = [sum_over_ranks(x, mesh.group) for x in weights if x is not None]
+        return {"tokens": tokens, "weights": summed}
 
     def _run(self) -> Tensor:
         for leaf in self.part.leaves:
             leaf.grad = None
         device = self.part.tokens[0].device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
             output = self.part.run()
         grad = output.detach().clone()
         grad[:, ~self.valid] = 0

@@ -18,14 +18,17 @@ def measure(step: Callable[[], Tensor], *, repeats: int, device: torch.device) -
     """A warm step, then the median of `repeats`.
 
     -> seconds, their fastest and slowest, loss (what the warm step returned), rest_gib (memory
-    before it), peak_gib, growth_gib (their difference), and other_cores: what other processes
-    used meanwhile, on average; with more than a tenth of one the times are not to be trusted.
+    before it), peak_gib, growth_gib (their difference), own_cores and other_cores: what this and
+    other processes used meanwhile, on average; with more than a tenth of one for others the times
+    are not to be trusted.
     """
     rest = _memory_gib(device)
     loss = float(step())
     busy, own, start = busy_seconds(), time.process_time(), time.perf_counter()
     seconds = [timed(step, device) for _ in range(repeats)]
-    others = busy_seconds() - busy - (time.process_time() - own)
+    elapsed = time.perf_counter() - start
+    own = time.process_time() - own
+    others = busy_seconds() - busy - own
     peak = peak_memory_gib(device)
     return {
         "seconds": statistics.median(seconds),
@@ -35,7 +38,8 @@ def measure(step: Callable[[], Tensor], *, repeats: int, device: torch.device) -
         "rest_gib": rest,
         "peak_gib": peak,
         "growth_gib": peak - rest,
-        "other_cores": max(others / (time.perf_counter() - start), 0.0),
+        "own_cores": own / elapsed,
+        "other_cores": max(others / elapsed, 0.0),
     }
 
 

@@ -7,20 +7,23 @@ ranks of any layout hold parts of the same inputs.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from benchmarks.job import Config
+from benchmarks.settings import Part
 from benchmarks.subjects import initialised_model
 from models.mixers.kda import l2_normalise
 from models.ops.latent import keys_and_values
+from models.precision import autocast
 from models.residual import Stream
 from models.sequence import SequenceInfo
 from trainer.build import build_ops
+from trainer.settings import Numerics, Precision
 
-Part = Literal["softmax", "mla_keys", "mla", "kda", "hybrid"]
 HYBRID = ["kda", "kda", "kda", "mla"]
 BLOCK = 256  # tokens drawn at once
 
@@ -48,12 +51,13 @@ class Operation(NamedTuple):
 class Draw:
     """Normal numbers for the tokens at these indices; zeros for those at -1, which is padding."""
 
-    def __init__(self, index: Tensor, *, seed: int, dtype: torch.dtype, device: str) -> None:
-        self.index, self.seed, self.dtype, self.device = index, seed, dtype, device
+    def __init__(self, index: Tensor, *, seed: int, precision: Precision, device: str) -> None:
+        self.index, self.seed, self.device = index, seed, device
+        self.numerics = Numerics(precision)
         self.drawn = 0  # tensors
 
     def __call__(self, *shape: int, then: Callable[[Tensor], Tensor] = torch.clone) -> Tensor:
-        """[1, seq, *shape]; `then` makes of them what the operation takes. Equal in fp32 and fp64."""
+        """[1, seq, *shape], through `then`; the same numbers in fp32 and fp64."""
         out = torch.zeros(len(self.index), *shape)
         blocks = self.index.div(BLOCK, rounding_mode="floor")
         for block in blocks[self.index >= 0].unique().tolist():
@@ -61,24 +65,24 @@ class Draw:
             rows = self._normal(block, BLOCK, *shape)
             out[here] = rows[self.index[here] % BLOCK]
         self.drawn += 1
-        return then(out).to(self.device, self.dtype).unsqueeze(0)
+        return then(out).to(self.device, self.numerics.parameters).unsqueeze(0)
 
     def weight(self, *shape: int) -> Tensor:
         """The same on all ranks, of a size that keeps that of its last dim's sum."""
         self.drawn += 1
         drawn = self._normal(0, *shape) * shape[-1] ** -0.5
-        return drawn.to(self.device, self.dtype)
+        return drawn.to(self.device, self.numerics.parameters)
 
     def _normal(self, block: int, *shape: int) -> Tensor:
-        generator = torch.Generator().manual_seed((self.seed * 100 + self.drawn) * 2**32 + block)
-        return torch.randn(*shape, generator=generator)
+        generator = np.random.default_rng((self.seed, self.drawn, block))
+        return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
 
 
 def build_part(part: Part, config: Config, info: SequenceInfo, draw: Draw) -> Shared:
     """config: sections of train.yaml; the sizes are those of its mixers."""
     if part == "hybrid":
         return _hybrid(config, info, draw)
-    ops = build_ops(config["ops"], draw.device)
+    ops = build_ops(config["ops"], draw.device, draw.numerics.products)
     build, op = {
         "softmax": (_softmax, ops.softmax),
         "mla_keys": (_mla_keys, ops.softmax),
@@ -109,8 +113,9 @@ def _mla(mixers: Config, draw: Draw) -> Operation:
 def _mla_keys(mixers: Config, draw: Draw) -> Operation:
     """Keys and values are made before the operation, and travel in place of latents."""
 
-    def attend(op: nn.Module, info: SequenceInfo, q: Tensor, *latents: Tensor) -> Tensor:
-        return op(q, *keys_and_values(*latents, mixers["mla"]["nope_dim"]), info)
+    def attend(op: nn.Module, info: SequenceInfo, q, latent, shared_key, up_weight) -> Tensor:
+        k, v = keys_and_values(latent, shared_key, up_weight, mixers["mla"]["nope_dim"])
+        return op(q, k, v, info)
 
     return _mla(mixers, draw)._replace(function=attend)
 
@@ -124,7 +129,11 @@ def _kda(mixers: Config, draw: Draw) -> Operation:
         draw(heads, dim, then=lambda x: -0.1 * x.exp()),
         draw(heads, then=torch.sigmoid),
     ]
-    return Operation(tokens, [], lambda op, info, *x: op(*x, info).output)
+
+    def mix(op: nn.Module, info: SequenceInfo, q, k, v, *gates: Tensor) -> Tensor:
+        return op(q, k, *autocast(v), *gates, info).output  # the others are never narrower
+
+    return Operation(tokens, [], mix)
 
 
 def _hybrid(config: Config, info: SequenceInfo, draw: Draw) -> Shared:
@@ -132,8 +141,10 @@ def _hybrid(config: Config, info: SequenceInfo, draw: Draw) -> Shared:
     differs between dtypes."""
     sizes = {"pattern": HYBRID, "num_layers": len(HYBRID), "moe": None}
     config = {**config, "model": {**config["model"], **sizes}}
-    model = initialised_model(config, seed=draw.seed, device=draw.device).to(draw.dtype)
-    weights = [*model.layers.parameters(), *model.residual.parameters()]
+    precision = draw.numerics.precision
+    model = initialised_model(config, seed=draw.seed, device=draw.device, dtype=precision)
+    model.to(draw.numerics.parameters)
+    weights: list[Tensor] = [*model.layers.parameters(), *model.residual.parameters()]
     x = draw(config["model"]["d_model"]).requires_grad_()
 
     def run() -> Tensor:

@@ -5,9 +5,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-Suite = Literal["train", "mixers"]
+from benchmarks.documents import Histogram
+from parallel.layout import Strategy
+
+Suite = Literal["train", "mixers", "attention"]
+Scheme = Literal["ring", "gather", "ulysses", "usp", "state_passing"]
 Dtype = Literal["fp32", "bf16"]
 Malloc = Literal["keep", "default"]
+Part = Literal["softmax", "mla_keys", "mla", "kda", "hybrid"]
 Device = Literal["auto", "cpu", "cuda"]
 
 
@@ -20,6 +25,11 @@ class Settings:
     peers: bool
     peer_max_tokens: int
     baselines: Sequence[str]
+    parts: Sequence[Part]
+    schemes: Sequence[Scheme]
+    layouts: Sequence[Strategy]
+    histograms: Sequence[Histogram]
+    ranks: int
     profile: bool
     malloc: Malloc
     threads: int | None
@@ -37,7 +47,7 @@ class Settings:
             )
         if not self.dtypes:
             raise ValueError("dtypes=[]: allowed: fp32, bf16 or both")
-        for name in ("repeats", "threads", "timeout"):
+        for name in ("repeats", "ranks", "threads", "timeout"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}={value}: allowed: above 0")

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.job import Config, Job
-from benchmarks.settings import Dtype
 from models.hybrid import HybridLM, Layer
 from models.mixer import Mixer
 from models.sequence import SequenceInfo
@@ -20,7 +19,7 @@ from trainer.checkpoint.weights import load_weights
 from trainer.construct import construct
 from trainer.data.tokenizer import ByteTokenizer
 from trainer.loss import LanguageModelLoss
-from trainer.settings import Numerics
+from trainer.settings import Numerics, Precision
 
 VOCAB_SIZE = ByteTokenizer().vocab_size
 
@@ -31,14 +30,16 @@ class Subject:
     module: nn.Module
 
 
-def make_model(config: Config, *, device: str = "meta", dtype: Dtype = "fp32") -> HybridLM:
+def make_model(config: Config, *, device: str = "meta", dtype: Precision = "fp32") -> HybridLM:
     """Not initialised; raises ConfigError."""
     device = "cpu" if device == "meta" else device
     ops = build_ops(config["ops"], device, Numerics(dtype).products)
     return build_model(config["model"], config["mixer"], vocab_size=VOCAB_SIZE, ops=ops)
 
 
-def initialised_model(config: Config, *, seed: int, device: str, dtype: Dtype = "fp32") -> HybridLM:
+def initialised_model(
+    config: Config, *, seed: int, device: str, dtype: Precision = "fp32"
+) -> HybridLM:
     model = make_model(config, device=device, dtype=dtype)
     torch.manual_seed(seed)
     materialise(model, device=device, dtype=torch.float32)

@@ -1,12 +1,17 @@
-"""The process of one measurement: reads a job from standard input, prints its result, in JSON."""
+"""The process of one measurement: reads a job from a file, prints its result, in JSON.
+
+The ranks of a measurement on several are such processes under torchrun; the first one prints.
+"""
 
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
 
+from benchmarks.context import measure_case
 from benchmarks.job import Job, Result
 from benchmarks.measure import matmul_flops, measure
 from benchmarks.profile import profile
@@ -22,6 +27,8 @@ def run(job: Job) -> Result:
         keep_heap()
     if job.kind == "matmul":
         return {"flops": matmul_flops(job.dtype, job.device)}
+    if job.kind == "attention":
+        return measure_case(job)
     subject = SUBJECTS[job.kind](job)
     result = measure(subject.step, repeats=job.repeats, device=torch.device(job.device))
     if job.profile:
@@ -33,9 +40,10 @@ def main() -> None:
     # Where memory runs out, this process is to be killed and no other one on the machine.
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
-    job = Job(**json.load(sys.stdin))
+    job = Job(**json.loads(Path(sys.argv[1]).read_text()))
     result = run(job)
-    print(json.dumps(result))
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def decide(shapes: Collection[Shape], setting: Setting) -> Decision:
     if latent:
         costs = _costs(latent, ulysses, outer, setting)
         most = min((shape.expanded - 1) // shape.width for shape in latent)
-        why = f"{_shared(latent)}, at most {most} times, as latents then are less than keys"
+        why = f"{_shared(latent)} among {most} ranks, beyond which whole latents outweigh keys"
         reasons["latent"] = _reason(latent_scheme, why, costs)
     if recurrence:
         costs = _recurrence_costs(recurrence, setting)
@@ -120,9 +120,11 @@ def _heads(shape: SoftmaxShape | LatentShape) -> int:
 
 def _degree(shapes: Attention, ulysses: int, setting: Setting) -> int:
     """How many ranks share the heads of these."""
-    if setting.ulysses is None and _most(shapes, setting) == setting.ranks:
+    if setting.ulysses is not None:
+        return ulysses if _even(shapes, ulysses) else 1
+    if _most(shapes, setting) == setting.ranks:
         return setting.ranks
-    return ulysses if _even(shapes, ulysses) else 1
+    return ulysses if _even(shapes, ulysses) and _cheap(shapes, ulysses) else 1
 
 
 def _scheme(degree: int, alone: Outer, setting: Setting) -> AttentionScheme:

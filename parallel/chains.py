@@ -20,7 +20,7 @@ from models.ops.runs import runs
 from models.sequence import SequenceInfo
 from models.transition import Transition
 from parallel.collectives import Axis
-from parallel.plans import Row, own_rank
+from parallel.plans import Row, own_rank, rank_on
 
 
 class Link(NamedTuple):
@@ -100,15 +100,8 @@ def place_on(axis: Axis, info: SequenceInfo) -> int | None:
 
     Raises ValueError unless they are the ranks of the axis.
     """
-    rank = own_rank(info)
-    if not chains(info.peers):
-        return None
-    if (rank, len(info.peers)) != (axis.rank, axis.ranks):
-        raise ValueError(
-            f"rank {axis.rank} of {axis.ranks} got the row of rank {rank} of {len(info.peers)}; "
-            "both must be the same"
-        )
-    return rank
+    own_rank(info)
+    return rank_on(axis, info) if chains(info.peers) else None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Every collective of the system, none of them a call where there is no group."""
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -17,17 +18,36 @@ _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
+class LostRankError(Exception):
+    """A message of another rank cannot come any more: one line with the backend's reason."""
+
+
+@contextlib.contextmanager
+def reaching_ranks() -> Iterator[None]:
+    """Around what waits for other ranks; raises LostRankError where one is gone or too late.
+
+    Of NCCL only what is awaited on the host ends here: its watchdog ends the process otherwise.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise LostRankError(f"another rank ended, or did not answer in time: {reason}") from error
+
+
 def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The sum over the group, in place and returned; without gradients."""
     if group is not None:
-        dist.all_reduce(x, group=group)
+        with reaching_ranks():
+            dist.all_reduce(x, group=group)
     return x
 
 
 def max_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The largest of the group, in place and returned; without gradients."""
     if group is not None:
-        dist.all_reduce(x, dist.ReduceOp.MAX, group=group)
+        with reaching_ranks():
+            dist.all_reduce(x, dist.ReduceOp.MAX, group=group)
     return x
 
 
@@ -41,7 +61,8 @@ def gather_objects(item: T, group: dist.ProcessGroup | None) -> list[T]:
     if group is None:
         return [item]
     items: list[T] = [item] * dist.get_world_size(group)
-    dist.all_gather_object(items, item, group=group)
+    with reaching_ranks():
+        dist.all_gather_object(items, item, group=group)
     return items
 
 
@@ -78,8 +99,9 @@ class Pending:
         self._tensor, self._works, self._traffic, self._subject = tensor, works, traffic, subject
 
     def wait(self) -> Tensor:
-        for work in self._works:
-            work.wait()
+        with reaching_ranks():
+            for work in self._works:
+                work.wait()
         self._works = []
         self._traffic.note("wait", self._subject)
         return self._tensor
@@ -128,7 +150,8 @@ class Axis:
         if rows:
             source = dist.get_global_rank(self.group, source)
             messages.append(dist.P2POp(dist.irecv, out, source, self.group))
-        works = dist.batch_isend_irecv(messages) if messages else []
+        with reaching_ranks():  # a pair that broke is noticed here
+            works = dist.batch_isend_irecv(messages) if messages else []
         return self._pending(out, works, rows * _row_bytes(x), "shift", op, direction)
 
     def gather(self, x: Tensor, *, op: str, direction: str) -> Pending:

@@ -15,7 +15,7 @@ from torch import Tensor
 from models.precision import widen
 from models.sequence import SequenceInfo, SoftmaxAttention
 from parallel.collectives import Axis, Pending
-from parallel.plans import Row, add_, own_rank, seen, take, tokens, where
+from parallel.plans import Row, add_, own_rank, rank_on, seen, take, tokens, where
 from parallel.softmax import Gradients, Merging, SoftmaxScheme, pack, unpack
 
 
@@ -57,7 +57,7 @@ class GatherAttention(SoftmaxScheme):
         self.head_groups = head_groups
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, info: SequenceInfo, scale: float) -> Tensor:
-        self.check_ranks(info)
+        rank_on(self.axis, info)
         groups = _groups(q.shape[2], k.shape[2], self.head_groups)
         return _Gather.apply(self.op, self.axis, groups, q, k, v, info, scale)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.collectives import start_sum
+from parallel.collectives import reaching_ranks, start_sum
 
 
 class _Bucket:
@@ -64,9 +64,10 @@ class GradientReducer:
         for bucket in self._buckets:
             bucket.missing = 0
         self._send()
-        for bucket in self._buckets:
-            if bucket.work is not None:
-                bucket.work.wait()
+        with reaching_ranks():
+            for bucket in self._buckets:
+                if bucket.work is not None:
+                    bucket.work.wait()
 
     def _count(self, parameter: Tensor) -> None:
         if self._sent < len(self._buckets):

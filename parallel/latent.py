@@ -28,6 +28,8 @@ from parallel.plans import (
     cut_documents,
     merge_order,
     own_rank,
+    rank_on,
+    refuse_keys,
     row_info,
     seen,
     take,
@@ -66,11 +68,7 @@ class LatentScheme(LatentAttention):
         key_info: SequenceInfo | None = None,
         scale: float | None = None,
     ) -> Tensor:
-        if key_info is not None and key_info is not info:
-            name = type(self).__name__
-            raise ValueError(
-                f"{name} got key_info; under context parallelism keys sit with queries"
-            )
+        refuse_keys(self, info, key_info)
         own_rank(info)
         if not cut_documents(info.peers):
             return self.op(q, latent, shared_key, up_weight, info, scale=scale)
@@ -91,11 +89,7 @@ class BlockScheme(LatentScheme):
     op: MaterialisedLatent
 
     def attend(self, q, rows, up_weight, info, scale):
-        if len(info.peers) != self.axis.ranks:
-            raise ValueError(
-                f"{type(self).__name__} over {self.axis.ranks} ranks got a sequence on "
-                f"{len(info.peers)}; both must be equal"
-            )
+        rank_on(self.axis, info)
         return _Attention.apply(self, q, rows, up_weight, info, scale)
 
     @abstractmethod
@@ -203,11 +197,7 @@ class LatentUlysses(LatentScheme):
 
     def attend(self, q, rows, up_weight, info, scale):
         exchange = HeadExchange(self.axis, info, heads=q.shape[2], op="latent")
-        if len(exchange.info.peers) > 1 and not isinstance(self.op, LatentScheme):
-            raise ValueError(
-                f"{type(self.op).__name__} inside ulysses={self.axis.ranks} of "
-                f"{len(info.peers)} context ranks; it must be a scheme over the other ranks"
-            )
+        exchange.check_inner(self.op, LatentScheme)
         first = own_rank(info) - self.axis.rank
         order = merge_order(info.peers[first : first + self.axis.ranks], rows.device)
         latents = _AllGather.apply(rows, self.axis, *order).unsqueeze(0)

@@ -6,15 +6,26 @@ consecutive within it, so that the widest messages stay inside a node:
     rank = (data_rank * ring ranks + ring rank) * ulysses ranks + ulysses rank
 """
 
+import contextlib
 import itertools
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from parallel.collectives import Axis, Traffic, barrier
+from parallel.collectives import (
+    Axis,
+    LostRankError,
+    Traffic,
+    barrier,
+    gather_objects,
+    sum_over_ranks,
+)
+
+FAILURE_SECONDS = 10.0  # from the first rank that fails to the last, if all do
 
 _joins = itertools.count()
 
@@ -25,7 +36,7 @@ class Mesh:
 
     Ranks with equal data_rank read the same rows and share their tokens over `context`, which is
     `ulysses` x `ring`; all three are None where every rank holds whole rows. They count bytes
-    together.
+    together. `store` is what they met in.
     """
 
     device: torch.device
@@ -35,6 +46,7 @@ class Mesh:
     context: Axis | None = None
     ulysses: Axis | None = None
     ring: Axis | None = None
+    store: dist.Store | None = None
 
     @property
     def main(self) -> bool:
@@ -66,7 +78,8 @@ def join(*, timeout_minutes: float = 30, cp: int | None = 1, ulysses: int = 1) -
 
     cp: ranks that share a sequence, None for all; ulysses: how many of them are neighbours in a
     Ulysses group. A rank that waits longer than timeout_minutes for a message gives up.
-    Raises ValueError unless ulysses divides cp and cp the number of ranks, on every rank alike.
+    Raises ValueError, on every rank, unless ulysses divides cp and cp the number of ranks, and
+    both are the same everywhere.
     """
     ranks = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
     cp = ranks if cp is None else cp
@@ -89,8 +102,15 @@ def join(*, timeout_minutes: float = 30, cp: int | None = 1, ulysses: int = 1) -
     store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
     store = dist.PrefixStore(f"join {next(_joins)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
-    axes = _axes(torch.arange(ranks).view(-1, cp // ulysses, ulysses), timeout) if cp > 1 else {}
-    return Mesh(device=device, rank=rank, ranks=ranks, group=dist.group.WORLD, **axes)
+    shapes = gather_objects((cp, ulysses), dist.group.WORLD)
+    if len(set(shapes)) > 1:  # ranks that make other groups would wait for each other in vain
+        dist.destroy_process_group()
+        raise ValueError(f"cp and ulysses are, by rank, {shapes}; allowed: the same on every rank")
+    axes: dict[str, Axis] = {}
+    if cp > 1:
+        axes = _axes(torch.arange(ranks).view(-1, cp // ulysses, ulysses), device, timeout)
+    group = dist.group.WORLD
+    return Mesh(device=device, rank=rank, ranks=ranks, group=group, store=store, **axes)
 
 
 def leave(mesh: Mesh) -> None:
@@ -100,7 +120,40 @@ def leave(mesh: Mesh) -> None:
         dist.destroy_process_group()
 
 
-def _axes(ranks: torch.Tensor, timeout: timedelta) -> dict[str, Axis]:
+@contextlib.contextmanager
+def membership(mesh: Mesh) -> Iterator[None]:
+    """Leaves at the end, also of what failed on every rank: the next job of a sweep can join then.
+
+    A rank that fails alone stays `joined`, for the others wait for it; its process has to end.
+    """
+    try:
+        yield
+    except LostRankError:
+        raise
+    except Exception:
+        if mesh.store is not None and _all_failed(mesh, mesh.store):
+            dist.destroy_process_group()
+        raise
+    leave(mesh)
+
+
+def joined() -> bool:
+    """Whether this process is in a group, as the ones that it talks to believe."""
+    return dist.is_initialized()
+
+
+def _all_failed(mesh: Mesh, store: dist.Store) -> bool:
+    """Through the store: in their groups the others may wait for another message."""
+    names = [f"failed {rank}" for rank in range(mesh.ranks)]
+    try:
+        store.set(names[mesh.rank], "")
+        store.wait(names, timedelta(seconds=FAILURE_SECONDS))
+    except RuntimeError:  # too late, or the process that keeps the store is gone
+        return False
+    return True
+
+
+def _axes(ranks: torch.Tensor, device: torch.device, timeout: timedelta) -> dict[str, Axis]:
     """ranks: [data, ring, ulysses]. torch's DeviceMesh would make the same groups, but gives its
     groups no other time-out than torch's default."""
     traffic = Traffic()
@@ -113,5 +166,8 @@ def _axes(ranks: torch.Tensor, timeout: timedelta) -> dict[str, Axis]:
     for name, groups in members.items():
         group, _ = dist.new_subgroups_by_enumeration(groups.tolist(), timeout=timeout)
         assert group is not None
+        # NCCL connects a group in its first call, for which it needs all ranks; a hop of a ring
+        # may be the first, and concerns two of them only.
+        sum_over_ranks(torch.zeros(1, device=device), group)
         axes[name] = Axis(group, dist.get_rank(group), groups.shape[1], traffic)
     return axes

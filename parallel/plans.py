@@ -11,7 +11,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from models.sequence import Fragment, SequenceInfo
+from models.sequence import Fragment, SequenceInfo, SequenceOp
+from parallel.collectives import Axis
 
 Row = tuple[Fragment, ...]
 
@@ -27,6 +28,25 @@ def own_rank(info: SequenceInfo) -> int:
             "one row and the fragments of every context rank, this one's included"
         )
     return info.peers.index(info.fragments[0])
+
+
+def rank_on(axis: Axis, info: SequenceInfo) -> int:
+    """`own_rank`; raises ValueError unless `info.peers` are the ranks of the axis, in its order."""
+    rank = own_rank(info)
+    if (rank, len(info.peers)) != (axis.rank, axis.ranks):
+        raise ValueError(
+            f"rank {axis.rank} of {axis.ranks} got the row of rank {rank} of {len(info.peers)}; "
+            "both must be the same"
+        )
+    return rank
+
+
+def refuse_keys(scheme: SequenceOp, info: SequenceInfo, key_info: SequenceInfo | None) -> None:
+    """Raises ValueError for keys that do not sit with the queries, as in decoding."""
+    if key_info is not None and key_info is not info:
+        raise ValueError(
+            f"{type(scheme).__name__} got key_info; under context parallelism keys sit with queries"
+        )
 
 
 @lru_cache(maxsize=64)  # 17 bytes a token on the device

@@ -14,7 +14,7 @@ from torch import Tensor
 from models.precision import widen
 from models.sequence import Fragment, SequenceInfo, SoftmaxAttention
 from parallel.collectives import Axis, Pending
-from parallel.plans import Row, add_, own_rank, put_, seen, take, tokens, where
+from parallel.plans import Row, add_, own_rank, put_, rank_on, seen, take, tokens, where
 from parallel.softmax import Gradients, Merging, SoftmaxScheme, pack, unpack
 
 
@@ -63,7 +63,7 @@ class RingAttention(SoftmaxScheme):
     """
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, info: SequenceInfo, scale: float) -> Tensor:
-        self.check_ranks(info)
+        rank_on(self.axis, info)
         return _Ring.apply(self.op, self.axis, q, k, v, info, scale)
 
 

@@ -10,7 +10,18 @@ from models.ops.softmax import merge_
 from models.precision import autocast, widen
 from models.sequence import SequenceInfo, SoftmaxAttention
 from parallel.collectives import Axis
-from parallel.plans import Row, add_, cut_documents, cut_part, own_rank, put_, row_info, take, where
+from parallel.plans import (
+    Row,
+    add_,
+    cut_documents,
+    cut_part,
+    own_rank,
+    put_,
+    refuse_keys,
+    row_info,
+    take,
+    where,
+)
 
 
 class SoftmaxScheme(SoftmaxAttention):
@@ -37,13 +48,10 @@ class SoftmaxScheme(SoftmaxAttention):
         scale: float | None = None,
         **masks,
     ) -> Tensor:
-        name = type(self).__name__
-        if key_info is not None and key_info is not info:
-            raise ValueError(
-                f"{name} got key_info; under context parallelism keys sit with queries"
-            )
+        refuse_keys(self, info, key_info)
         for mask, given in masks.items():
             if given is not None:
+                name = type(self).__name__
                 raise ValueError(f"{name} takes no {mask}; parallel=single does")
         own_rank(info)
         if not cut_documents(info.peers):
@@ -54,14 +62,6 @@ class SoftmaxScheme(SoftmaxAttention):
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, info: SequenceInfo, scale: float) -> Tensor:
         """`forward` where some document lies on several ranks."""
-
-    def check_ranks(self, info: SequenceInfo) -> None:
-        """Raises ValueError unless the sequence lies on the ranks of the axis."""
-        if len(info.peers) != self.axis.ranks:
-            raise ValueError(
-                f"{type(self).__name__} over {self.axis.ranks} ranks got a sequence on "
-                f"{len(info.peers)}; both must be equal"
-            )
 
     def block(self, q, k, v, info, key_info, **kwargs):
         raise ValueError(f"{type(self).__name__} has no blocks: it is made of those of its op")

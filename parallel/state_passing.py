@@ -162,11 +162,7 @@ class UlyssesRecurrence(LinearRecurrence):
         if not chains(info.peers):
             return self.op(q, k, v, log_decay, beta, info)
         exchange = HeadExchange(self.axis, info, heads=q.shape[2], op="recurrence")
-        if len(exchange.info.peers) > 1 and not isinstance(self.op, StatePassing):
-            raise ValueError(
-                f"{type(self.op).__name__} inside ulysses={self.axis.ranks} of "
-                f"{len(info.peers)} context ranks; it must be StatePassing over the other ranks"
-            )
+        exchange.check_inner(self.op, StatePassing)
         *tensors, beta = exchange.to_heads(q, k, v, log_decay, beta.unsqueeze(-1))
         output, final = self.op(*tensors, beta.squeeze(-1), exchange.info)
         return Recurrent(exchange.to_tokens(output), final)

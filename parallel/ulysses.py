@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.precision import widen
-from models.sequence import SequenceInfo
+from models.sequence import SequenceInfo, SequenceOp
 from parallel.collectives import Axis
 from parallel.plans import merge_order, merged, own_rank, row_info
 from parallel.softmax import SoftmaxScheme
@@ -45,6 +45,16 @@ class HeadExchange:
         self.info = row_info(rows[group], device, rows)
         self._sort, self._unsort = merge_order(groups[group], device)
         self.own = self._share(axis.rank, heads)
+
+    def check_inner(self, op: SequenceOp, scheme: type[SequenceOp]) -> None:
+        """Raises ValueError where there are several groups and `op`, which gets the merged row of
+        one, is no scheme over them: it would see a part of a document as the whole."""
+        groups, ranks = len(self.info.peers), self.axis.ranks
+        if groups > 1 and not isinstance(op, scheme):
+            raise ValueError(
+                f"{type(op).__name__} inside ulysses={ranks} of {groups * ranks} context ranks; "
+                f"it must be a {scheme.__name__} over the other ranks"
+            )
 
     def to_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """[1, seq, heads or fewer, dim] each -> [1, merged seq, own heads, dim]; one message for
@@ -158,11 +168,7 @@ class UlyssesAttention(SoftmaxScheme):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, info: SequenceInfo, scale: float) -> Tensor:
         exchange = HeadExchange(self.axis, info, heads=q.shape[2], op="softmax")
-        if len(exchange.info.peers) > 1 and not isinstance(self.op, SoftmaxScheme):
-            raise ValueError(
-                f"{type(self.op).__name__} inside ulysses={self.axis.ranks} of "
-                f"{len(info.peers)} context ranks; it must be a scheme over the other ranks"
-            )
+        exchange.check_inner(self.op, SoftmaxScheme)
         group = q.shape[2] // k.shape[2]
         q, k, v = exchange.to_heads(q, k, v)
         counts = _repeats(exchange.own, group)

@@ -1,4 +1,4 @@
-"""Measures speed and memory: python scripts/benchmark.py suite=train|mixers key=value ..."""
+"""Measures: python scripts/benchmark.py suite=train|mixers|attention key=value ..."""
 
 import sys
 from pathlib import Path

@@ -1,6 +1,7 @@
 """Starts ranks with torchrun, as a user does."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,3 +21,32 @@ def torchrun(ranks: int, *arguments: str, seconds: float = 120) -> subprocess.Co
         text=True,
         timeout=seconds,
     )
+
+
+def by_hand(ranks: int, *arguments: str, seconds: float = 60) -> list[subprocess.CompletedProcess]:
+    """`python arguments` on every rank, without a launcher that would end the others with one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    running = [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env=os.environ
+            | place
+            | {"RANK": str(rank), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    done = []
+    try:
+        for process in running:
+            out, err = process.communicate(timeout=seconds)
+            done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+    finally:
+        for process in running:
+            process.kill()
+    return done

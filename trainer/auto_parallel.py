@@ -76,5 +76,4 @@ def _shapes(config: Config) -> set[Shape]:
 def _activation_size(settings: Settings) -> int:
     """Bytes of one value that travels."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    numerics = Numerics.choose(settings.precision, device)
-    return (numerics.autocast or numerics.parameters).itemsize
+    return Numerics.choose(settings.precision, device).products.itemsize

@@ -22,6 +22,7 @@ from models.ops.select import Ops
 from parallel.activation_checkpoint import apply_activation_checkpointing
 from parallel.context import apply_context_parallel, build_schemes, heads_needed
 from parallel.mesh import Mesh, join
+from trainer.agreement import check_agreement
 from trainer.checkpoint.store import CheckpointStore
 from trainer.checkpoint.weights import load_weights
 from trainer.console import Console, header
@@ -175,6 +176,7 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
         "ranks": mesh.data_ranks,
     }
     data = call(build_data, config["data"], "data")
+    check_agreement(config, data.identity(), mesh)
     stream = TrainStream(data, **share)
     ops = build_ops(config["ops"], mesh.device, numerics.products)
     vocab_size = data.tokenizer.vocab_size

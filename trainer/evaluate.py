@@ -8,6 +8,7 @@ from typing import Any, Literal
 import yaml
 
 from parallel.mesh import Mesh
+from trainer.agreement import check_agreement
 from trainer.batch import Batch
 from trainer.build import build_ops, build_sharder, share_sequences
 from trainer.construct import call
@@ -45,6 +46,8 @@ def run_task(
     numerics = Numerics.choose(settings.precision, mesh.device)
     tokenizer = data["tokenizer"] or tokenizer_of(checkpoint)
     documents = call(build_data, {**data, "tokenizer": tokenizer}, "data")
+    config = {"task": task, "split": split, "trainer": trainer, "parallel": parallel}
+    check_agreement(config, documents.identity(), mesh)
     model = load_model(
         checkpoint,
         ops=build_ops(ops, mesh.device, numerics.products),

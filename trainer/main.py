@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from parallel import mesh as meshes
+from parallel.collectives import LostRankError
 from trainer.auto_parallel import resolve_parallel
 from trainer.build import build_mesh, build_trainer
 from trainer.checkpoint.convert import convert as write_weights
@@ -111,6 +113,14 @@ def exit_codes(config_name: str) -> Iterator[None]:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from error
+    except LostRankError as error:  # one line a rank: that which tells the cause may be any
+        print(f"error: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+    except Exception as error:
+        if not meshes.joined():
+            raise
+        traceback.print_exc()  # Hydra would go on to the next job, and meet nobody there
+        raise SystemExit(1) from error
 
 
 def job_folder() -> str:
@@ -136,7 +146,7 @@ def train(config: dict[str, Any]) -> None:
     config["parallel"], reasons = resolve_parallel(config)
     mesh = build_mesh(config["parallel"])
     configure_logging(main=mesh.main)
-    with session(run_dir, mesh):
+    with meshes.membership(mesh), session(run_dir, mesh):
         if mesh.main:
             log_to_file(run_dir / "train.log")
         for reason in reasons:
@@ -146,7 +156,6 @@ def train(config: dict[str, Any]) -> None:
             write_whole(run_dir / "config.yaml", trainer.config)
         if trainer.run() is None:
             log.info("nothing to do: trainer.steps=%d is reached", trainer.steps)
-    meshes.leave(mesh)
 
 
 def evaluate(config: dict[str, Any]) -> None:
@@ -163,10 +172,10 @@ def evaluate(config: dict[str, Any]) -> None:
         own = trained_on(str(config["checkpoint"])) or {}
         config["data"] |= {key: value for key, value in own.items() if key not in changed}
     split = config["split"] or ("all" if "data" in given else "eval")
-    figures = call(run_task, config | {"split": split}, "", mesh=mesh)
-    if mesh.main:
-        print(json.dumps(figures))
-    meshes.leave(mesh)
+    with meshes.membership(mesh):
+        figures = call(run_task, config | {"split": split}, "", mesh=mesh)
+        if mesh.main:
+            print(json.dumps(figures))
 
 
 def generate(config: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ are compared here: the stream itself knows tokenizer and documents by content, w
 from collections.abc import Mapping
 from typing import Any
 
+from trainer.agreement import flatten
 from trainer.errors import ConfigError
 
 _FIXED = ("data.seq_len", "data.batch_size", "trainer.seed")
@@ -30,18 +31,8 @@ def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
         "model": {k: v for k, v in model.items() if k != "name"},
         "mixer": {name: mixers[name] for name in model["pattern"]},
     }
-    flat = _flatten(sections)
+    flat = flatten(sections)
     for key in _FIXED:
         section, name = key.split(".")
         flat[key] = config[section][name]
-    return flat
-
-
-def _flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in section.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
     return flat

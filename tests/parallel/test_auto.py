@@ -56,6 +56,9 @@ def test_an_operation_that_shares_heads_over_all_ranks_leaves_the_degree_to_othe
     assert (found.softmax, found.latent, found.ulysses) == ("usp", "ulysses", 2)
     found = choice({MQA, MLA}, ranks=8)
     assert (found.softmax, found.latent) == ("ring", "ulysses")
+    dear = LatentShape(heads=8, dim=16, rope=8, v_dim=8, rank=128)  # as many values as its keys
+    found = choice({GQA, dear}, ranks=8)
+    assert (found.softmax, found.latent) == ("ulysses", "gather")
 
 
 def test_a_given_degree_is_kept() -> None:

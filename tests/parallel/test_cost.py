@@ -15,6 +15,7 @@ from parallel.chains import scan_routes
 from parallel.collectives import Axis
 from parallel.cost import (
     Bytes,
+    Outer,
     halo,
     halo_bytes,
     latent_bytes,
@@ -51,8 +52,8 @@ SOFTMAX = SoftmaxShape(heads=8, kv_heads=4, dim=3, v_dim=2)
 LATENT = LatentShape(heads=4, dim=5, rope=2, v_dim=3, rank=6)
 RECURRENCE = RecurrenceShape(heads=4, key_dim=3, value_dim=2, transition=9)
 CONV = ConvShape(channels=5, width=4)
-OUTERS = ("ring", "gather")
-SCHEMES = {
+OUTERS: tuple[Outer, ...] = ("ring", "gather")
+SCHEMES: dict[str, dict[str, Callable]] = {
     "softmax": {"ring": RingAttention, "gather": GatherAttention},
     "latent": {"ring": LatentRing, "gather": LatentGather},
 }
@@ -62,15 +63,15 @@ def inputs(shape: Shape, tokens: int, dtype: torch.dtype) -> list[Tensor]:
     """Of the operation of this shape, before the `SequenceInfo`."""
     match shape:
         case SoftmaxShape():
-            h, kv, d, v = shape.heads, shape.kv_heads, shape.dim, shape.v_dim
-            dims: list[tuple[int, ...]] = [(tokens, h, d), (tokens, kv, d), (tokens, kv, v)]
+            q, kv = (tokens, shape.heads, shape.dim), (tokens, shape.kv_heads)
+            dims: list[tuple[int, ...]] = [q, (*kv, shape.dim), (*kv, shape.v_dim)]
         case LatentShape():
             up = shape.heads, shape.dim - shape.rope + shape.v_dim, shape.rank
             q = tokens, shape.heads, shape.dim
             dims = [q, (tokens, shape.rank), (tokens, shape.rope), up]
         case RecurrenceShape():
             k, v = (tokens, shape.heads, shape.key_dim), (tokens, shape.heads, shape.value_dim)
-            dims = [k, k, v, k, k[:2]]
+            dims = [k, k, v, k, (tokens, shape.heads)]
         case ConvShape():
             dims = [(tokens, shape.channels), (shape.channels, shape.width)]
     weight = {LatentShape: 3, ConvShape: 1}.get(type(shape))
@@ -87,7 +88,9 @@ def counted(op: nn.Module, axis: Axis, shape: Shape, info: SequenceInfo, dtype) 
     output = output if isinstance(output, Tensor) else output.output
     output.sum().backward()
     taken = axis.traffic.take()
-    by = {way: sum(n for (*_, w), n in taken.items() if w == way) for way in ("forward", "backward")}
+    by = {
+        way: sum(n for (*_, w), n in taken.items() if w == way) for way in ("forward", "backward")
+    }
     return Bytes(**by)
 
 
@@ -210,9 +213,12 @@ def test_shapes_are_those_of_the_operations() -> None:
     }
     info = SequenceInfo.from_lengths([[6]])
     for shape, op in ops.items():
-        arguments = inputs(shape, 6, torch.float32)
-        real = op(*arguments, info)
-        recorded = []
-        assert record_shapes(op, lambda: recorded.append(op(*arguments, info))) == {shape}
-        real, fake = ([x] if isinstance(x, Tensor) else list(x) for x in (real, recorded[0]))
+        returned: list = []
+
+        def run(shape=shape, op=op, returned=returned) -> None:
+            returned.append(op(*inputs(shape, 6, torch.float32), info))
+
+        run()
+        assert record_shapes(op, run) == {shape}
+        real, fake = ([x] if isinstance(x, Tensor) else [*x] for x in returned)
         assert [x.shape for x in real] == [x.shape for x in fake]

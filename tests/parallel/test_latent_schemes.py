@@ -425,7 +425,7 @@ def test_refusals():
         with pytest.raises(ValueError, match="1 rows and 0 peers"):
             scheme(*tensors, info.row(0))
     op = MATERIALISED[0]
-    with pytest.raises(ValueError, match="LatentRing over 3 ranks got a sequence on 2"):
+    with pytest.raises(ValueError, match="rank 0 of 3 got the row of rank 0 of 2"):
         LatentRing(op, axis=Axis(None, 0, 3, Traffic()))(*tensors, info)
     four = place([4 * SEQ], contiguous(4, SEQ))
     info = rank_info(four, 0)

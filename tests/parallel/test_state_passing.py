@@ -364,3 +364,8 @@ def test_bad_input():
             scheme(*own, rank_info(gap, 0))
     with pytest.raises(ValueError, match="rank 1 of 2"):
         StatePassing(chunked(), axis=replace(axis, rank=1))(*own, info)
+    four = place([24], contiguous(4, 6))
+    *tokens, _ = inputs(four)
+    info = rank_info(four, 0)
+    with pytest.raises(ValueError, match="ChunkedDeltaRule inside ulysses=2 of 4 context ranks"):
+        UlyssesRecurrence(chunked(), axis=axis)(*(local(x, info) for x in tokens), info)

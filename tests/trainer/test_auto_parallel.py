@@ -71,5 +71,5 @@ def test_one_rank_has_nothing_to_explain(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_other_keys_are_checked_first() -> None:
-    with pytest.raises(ConfigError, match="parallel.softmax=rings"):
+    with pytest.raises(ConfigError, match=r"parallel\.softmax=rings"):
         resolve_parallel(compose(["parallel=auto", "parallel.softmax=rings"]))

@@ -1,6 +1,7 @@
 """Training with ranks that share sequences: the numbers of one rank under every scheme."""
 
 import json
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -14,11 +15,14 @@ from parallel.layout import plan_layout
 from parallel.mesh import Mesh
 from tests.launch import torchrun
 from tests.models.build import compose, make_model
+from tests.parallel.ranks import on_ranks
 from tests.trainer.tiny import overrides
+from trainer.agreement import check_agreement
 from trainer.batch import IGNORE_INDEX, Batch, Run
 from trainer.build import build_mesh, build_trainer, share_sequences
 from trainer.construct import call
 from trainer.errors import ConfigError
+from trainer.loop import Trainer
 from trainer.settings import Parallelism
 
 HEADS = ["mixer.kda.num_heads=4", "mixer.mla.num_heads=4", "mixer.gqa.num_heads=4"]
@@ -88,10 +92,10 @@ def alone(folder) -> list[dict]:
 @pytest.fixture(scope="module")
 def errors(folder) -> str:
     """Runs all jobs on four ranks, each in folder/<name>; -> what went to standard error."""
-    jobs = [command(folder, name.replace(" ", "_"), *more) for name, more in JOBS.items()]
+    jobs = [command(folder, "disagreeing", *DISAGREEING)]  # first: the next ones must go on
+    jobs += [command(folder, name.replace(" ", "_"), *more) for name, more in JOBS.items()]
     jobs += [command(folder, "gqa", *GQA, "parallel=usp")]
     jobs += [command(folder, "whole", "parallel=ring", "trainer.micro_batch_size=4")]
-    jobs += [command(folder, "disagreeing", *DISAGREEING)]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     run = torchrun(4, "-m", "tests.trainer.jobs_on_ranks", str(folder / "jobs.json"), seconds=400)
     return run.stderr
@@ -141,10 +145,43 @@ def test_a_run_goes_on_without_context_parallelism(errors, folder, alone):
     assert_same(train_alone(folder, "resumed", f"resume={checkpoint}"), alone[2:])
 
 
-def test_ranks_that_plan_differently_are_told(errors):
+def test_ranks_with_other_configurations_are_told(errors):
+    """The jobs behind this one show that the ranks left it and joined again."""
     for rank in range(4):
-        line = f"refused by rank {rank}: step 1: the context ranks of data rank 0 planned different"
+        line = f"refused by rank {rank}: parallel.layout=zigzag on rank 2, balanced on rank 0; "
         assert errors.count(line) == 1
+
+
+def test_ranks_that_plan_differently_are_told():
+    on_ranks(4, check_different_plans)
+
+
+def check_different_plans(axis: Axis) -> None:
+    """Two data ranks of two context ranks each; those of the second disagree."""
+    mesh = Mesh(
+        device=torch.device("cpu"),
+        rank=axis.rank,
+        ranks=4,
+        group=axis.group,
+        context=Axis(axis.group, axis.rank % 2, 2, Traffic()),
+    )
+    trainer = cast(Trainer, SimpleNamespace(mesh=mesh, step=6))
+    batch = Batch.from_rows([[Run(torch.arange(5).numpy(), 9)]], seq_len=8, pad_id=77)
+    assert Trainer._count(trainer, [batch, batch], 7) == (40, 40, 4 * 2 * 15)
+    with pytest.raises(ConfigError, match="step 7: the context ranks of data rank 1 planned diff"):
+        Trainer._count(trainer, [batch], 7 + (axis.rank == 3))
+
+
+def test_evaluation_refuses_ranks_with_other_data():
+    on_ranks(2, check_other_data)
+
+
+def check_other_data(axis: Axis) -> None:
+    mesh = Mesh(device=torch.device("cpu"), rank=axis.rank, ranks=2, group=axis.group)
+    config = {"trainer": {"seed": 1}, "data": {"path": f"node {axis.rank}"}}
+    check_agreement(config, {"token store": "5b"}, mesh)
+    with pytest.raises(ConfigError, match=r"^token store=1 on rank 1, 0 on rank 0; allowed: the s"):
+        check_agreement(config, {"token store": axis.rank}, mesh)
 
 
 def test_evaluation_on_the_command_line(errors, folder, alone):
