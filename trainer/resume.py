@@ -17,7 +17,8 @@ _FIXED = ("data.seq_len", "data.batch_size", "trainer.seed")
 def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Raises ConfigError naming the first key that a resumed run may not change."""
     before, now = _identity(saved), _identity(current)
-    for key in sorted(before.keys() | now.keys()):
+    # The model's own keys first: a changed pattern also changes which mixers there are to compare.
+    for key in sorted(before.keys() | now.keys(), key=lambda key: (key[:6] != "model.", key)):
         if before.get(key) != now.get(key):
             raise ConfigError(
                 f"{key}={now.get(key)}: the checkpoint was written with {before.get(key)}; "
