@@ -14,7 +14,7 @@ from models.hybrid import HybridLM, Layer
 from models.mixer import Mixer
 from models.sequence import SequenceInfo
 from trainer.batch import Batch, Run
-from trainer.build import build_model, build_ops, materialise
+from trainer.build import build_model, build_ops
 from trainer.checkpoint.weights import load_weights
 from trainer.construct import construct
 from trainer.data.tokenizer import ByteTokenizer
@@ -42,7 +42,8 @@ def initialised_model(
 ) -> HybridLM:
     model = make_model(config, device=device, dtype=dtype)
     torch.manual_seed(seed)
-    materialise(model, device=device, dtype=torch.float32)
+    model.to_empty(device=device)
+    model.reset_parameters()
     return model
 
 

@@ -115,13 +115,21 @@ class HybridLM(nn.Module):
         """[vocab_size, d_model]."""
         return self.embed.weight if self.head is None else self.head.weight
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Linears and embeddings N(0, init_std), norms 1; every other parameter by its owner.
+    def units(self) -> list[nn.Module]:
+        """Sub-modules that make up the model, each layer one of them: what can be given memory,
+        initial values and an owner without the rest."""
+        parts = (self.embed, *self.layers, self.residual, self.norm, self.head)
+        return [part for part in parts if part is not None]
 
-        Draws from torch's default generators, in the order of the modules.
-        """
-        for module in self.modules():
+    def reset_parameters(self) -> None:
+        """Draws from torch's default generators, in the order of the modules."""
+        for unit in self.units():
+            self.reset_unit(unit)
+
+    @torch.no_grad()
+    def reset_unit(self, unit: nn.Module) -> None:
+        """Linears and embeddings N(0, init_std), norms 1; every other parameter by its owner."""
+        for module in unit.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=self.init_std)
             elif isinstance(module, RMSNorm):

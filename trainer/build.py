@@ -4,6 +4,7 @@ Configurations are plain dicts here, as in a checkpoint's config.yaml; each sect
 of one constructor, and what a constructor refuses is a ConfigError with the key's full path.
 """
 
+import copy
 import functools
 import logging
 import math
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import nn
 
 from models.ffn import SwiGLU
 from models.hybrid import HybridLM
@@ -79,29 +81,30 @@ def build_ops(section: Config, device: torch.device | str, dtype: torch.dtype | 
     return call(Ops, section, "ops", device=device, dtype=dtype)
 
 
-def materialise(model: HybridLM, *, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Gives a model built on the meta device its memory and its initial values.
+def materialise(
+    model: HybridLM, unit: nn.Module, *, device: torch.device | str, dtype: torch.dtype
+) -> None:
+    """Gives a unit of a model built on the meta device its memory and its initial values.
 
     These are drawn in fp32 whatever the dtype, so a run in fp64 starts from the same point.
     """
-    model.to_empty(device=device)
-    model.reset_parameters()
-    model.to(dtype)
+    unit.to_empty(device=device)
+    model.reset_unit(unit)
+    unit.to(dtype)
 
 
 def parallelize(
     model: HybridLM,
     *,
     mesh: Mesh,
-    dtype: torch.dtype,
     parallelism: Parallelism,
     activation_checkpointing: bool = False,
     compile: bool = False,
 ) -> None:
-    """Makes a model on the meta device ready for training, in place; the order matters.
+    """Makes a model on the meta device ready for an engine, in place; the order matters.
 
     Compiled blocks are checkpointed: the compiler leaves a checkpointed block as it is where an
-    operation in it is not for compiling. Memory is given to what is left to hold.
+    operation in it is not for compiling.
     """
     share_sequences(model, parallelism, mesh)
     if compile:
@@ -109,7 +112,6 @@ def parallelize(
             layer.forward = torch.compile(layer.forward)
     if activation_checkpointing:
         apply_activation_checkpointing(model.layers)
-    materialise(model, device=mesh.device, dtype=dtype)
 
 
 def share_sequences(model: HybridLM, parallelism: Parallelism, mesh: Mesh) -> None:
@@ -181,10 +183,11 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
     ops = build_ops(config["ops"], mesh.device, numerics.products)
     vocab_size = data.tokenizer.vocab_size
     model = build_model(config["model"], config["mixer"], vocab_size=vocab_size, ops=ops)
+    blueprint = copy.deepcopy(model)  # an engine may keep parameters in another shape
     engine = build_engine(model, config, settings, numerics, parallelism, mesh)
     sharder = build_sharder(model, parallelism, mesh, pad_id=data.tokenizer.pad_id)
     trainer = Trainer(
-        model=model,
+        blueprint=blueprint,
         engine=engine,
         mesh=mesh,
         stream=stream,
@@ -202,7 +205,7 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
         peak_flops=peak_flops(mesh.device, numerics.precision),
     )
     facts: dict[str, Any] = {"mesh": mesh, "ops": ops, "numerics": numerics}
-    for line in header(config, model, parallelism=parallelism, heap_kept=kept, **facts):
+    for line in header(config, blueprint, parallelism=parallelism, heap_kept=kept, **facts):
         log.info(line)
     start_from(trainer, config)
     trainer.sinks = build_sinks(trainer, config, run_dir)
@@ -217,21 +220,25 @@ def build_engine(
     parallelism: Parallelism,
     mesh: Mesh,
 ) -> Engine:
-    """Initialises a model on the meta device and wraps it, its loss and its optimiser."""
-    torch.manual_seed(settings.seed)
+    """Wraps a model on the meta device and its loss; the engine gives it memory and values."""
     parallelize(
         model,
         mesh=mesh,
-        dtype=numerics.parameters,
         parallelism=parallelism,
         activation_checkpointing=settings.activation_checkpointing,
         compile=settings.compile,
     )
     loss = LanguageModelLoss(model, tile=settings.loss_tile, autocast=numerics.autocast)
-    optimizer = construct(config["optim"], "optim", model=model)
-    make = functools.partial(construct, config["engine"], "engine", mesh=mesh)
+    make = functools.partial(construct, config["engine"], "engine", mesh=mesh, numerics=numerics)
     verify_gradient_factor(make, mesh)
-    return make(loss=loss, model=model, optimizer=optimizer)
+    torch.manual_seed(settings.seed)
+    return make(
+        loss=loss,
+        initialise=functools.partial(
+            materialise, model, device=mesh.device, dtype=numerics.parameters
+        ),
+        optimizer=lambda model: construct(config["optim"], "optim", model=model),
+    )
 
 
 def build_learning_rate(config: Config) -> Callable[[int], float]:
@@ -255,7 +262,7 @@ def start_from(trainer: Trainer, config: Config) -> None:
         log.info("resumed from %s", checkpoint)
     elif init_from is not None:
         with naming("init_from", init_from):
-            load_weights(trainer.model, Path(init_from))
+            load_weights(trainer.blueprint, Path(init_from), assign=trainer.engine.assign)
         log.info("weights from %s", init_from)
 
 

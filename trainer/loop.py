@@ -1,5 +1,6 @@
 """The training loop: what one optimiser step is, and when to evaluate, save and stop."""
 
+import functools
 import logging
 import math
 import time
@@ -47,13 +48,13 @@ class _Prepared(NamedTuple):
 
 @dataclass(kw_only=True)
 class Trainer:
-    """Trains `model` through `engine` from behind `step` to `steps`, steps counted from 1.
+    """Trains the model of `engine` from behind `step` to `steps`, steps counted from 1.
 
     learning_rate: from the step to the rate; held_out: fresh evaluation batches of this data rank;
     sinks get every record before the step's checkpoint is published.
     """
 
-    model: HybridLM
+    blueprint: HybridLM  # on the meta device, for what shapes alone tell
     engine: Engine
     mesh: Mesh
     stream: TrainStream
@@ -120,7 +121,7 @@ class Trainer:
         self.engine.step(rate)
         self._balance_experts()
         seconds = time.perf_counter() - start
-        flops = 3 * tokens * self.model.flops_per_token(context / max(tokens, 1))
+        flops = 3 * tokens * self.blueprint.flops_per_token(context / max(tokens, 1))
         achieved = flops / seconds / self.mesh.ranks
         record: Record = {
             "step": self.step,
@@ -174,9 +175,7 @@ class Trainer:
         progress = self.store.progress(checkpoint)
         self._ahead, self._read = None, None
         self.stream.restore(progress["stream"])  # first: names another tokenizer, not its shapes
-        state = self.engine.state()
-        self.store.load(checkpoint, state)
-        self.engine.load_state(state)
+        self.engine.load(functools.partial(self.store.load, checkpoint))
         self.step = progress["step"]
 
     def _prepare(self) -> _Prepared:
@@ -212,7 +211,7 @@ class Trainer:
         return labels, tokens, context
 
     def _balance_experts(self) -> None:
-        routers = self.model.routers()
+        routers = self.engine.model.routers()
         if not routers:
             return
         counts = torch.cat([router.counts for router in routers])

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.hybrid import HybridLM
 from models.precision import widen
 from trainer.batch import IGNORE_INDEX, Batch
+from trainer.engine import LossModule
 
 
-class LanguageModelLoss(nn.Module):
+class LanguageModelLoss(LossModule):
     """The one module that an engine wraps: no parameter of the model is read outside its forward.
 
     autocast: the dtype of matrix multiplications, or None for that of the parameters.

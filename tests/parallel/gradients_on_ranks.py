@@ -1,6 +1,7 @@
 """Run by torchrun: see test_gradients.py. Writes what each rank saw."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,8 +10,9 @@ from torch import nn
 
 from parallel import collectives, gradients
 from parallel.mesh import join, leave
-from trainer.engine import Engine, verify_gradient_factor
+from trainer.engine import Engine, LossModule, verify_gradient_factor
 from trainer.engine.ddp import DDPEngine
+from trainer.settings import Numerics
 
 
 class Model(nn.Module):
@@ -24,13 +26,23 @@ class Model(nn.Module):
         self.never = nn.Parameter(torch.randn(5))
         self.last = nn.Linear(4, 2)
         self.frozen = nn.Parameter(torch.randn(2), requires_grad=False)
+        self.layers = nn.ModuleList()
+
+    def units(self):
+        return [self]
+
+
+class Loss(LossModule):
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
 
     def forward(self, batch):
         x, reached = batch
-        x = self.first(x) @ self.tied @ self.tied
+        x = self.model.first(x) @ self.model.tied @ self.model.tied
         if reached:
-            x = x * self.sometimes
-        return self.last(x).square().sum()
+            x = x * self.model.sometimes
+        return self.model.last(x).square().sum()
 
 
 def batch(rank: int, micro: int):
@@ -49,10 +61,15 @@ def main(folder: Path) -> None:
 
     gradients.start_sum = watched
     torch.manual_seed(0)
-    model = Model().double()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = Loss(Model().double())
+    model, numerics = loss.model, Numerics("fp64")
     engine = DDPEngine(
-        loss=model, model=model, optimizer=optimizer, mesh=mesh, bucket_mb=40 / 2**20
+        loss=loss,
+        initialise=lambda unit: None,
+        optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+        mesh=mesh,
+        numerics=numerics,
+        bucket_mb=40 / 2**20,
     )
     seen: dict = {"losses": [], "sent": [], "grads": [], "norms": [], "kept": []}
     for _step in range(2):  # the second from parameters that a step has changed
@@ -68,9 +85,9 @@ def main(folder: Path) -> None:
         seen["kept"].append([p.grad is not None for p in model.parameters()])
     seen["end"] = model.state_dict()
 
-    verify_gradient_factor(DDPEngine, mesh)
+    verify_gradient_factor(partial(DDPEngine, numerics=numerics), mesh)
     try:
-        verify_gradient_factor(Engine, mesh)  # reduces nothing
+        verify_gradient_factor(partial(Engine, numerics=numerics), mesh)  # reduces nothing
     except RuntimeError as error:
         seen["probe"] = str(error)
     torch.save(seen, folder / f"rank{dist.get_rank()}.pt")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.launch import torchrun
-from tests.parallel.gradients_on_ranks import Model, batch
+from tests.parallel.gradients_on_ranks import Loss, Model, batch
 
 RANKS = 3
 
@@ -25,7 +25,7 @@ def test_sums_over_ranks_and_micro_batches(seen):
         model.zero_grad()
         for rank in range(RANKS):
             for micro in range(3):
-                (0.5 * model(batch(rank, micro))).backward()
+                (0.5 * Loss(model)(batch(rank, micro))).backward()
         expected = {
             name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
             for name, p in model.named_parameters()

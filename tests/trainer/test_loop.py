@@ -32,7 +32,7 @@ def records(tmp_path) -> list[dict]:
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: x.clone() for name, x in trainer.model.state_dict().items()}
+    return {name: x.clone() for name, x in trainer.engine.model.state_dict().items()}
 
 
 def test_micro_batches_and_checkpointing_change_nothing(make):
@@ -95,7 +95,7 @@ def test_flops_count_documents_and_no_padding(make):
     trainer.stream.restore(make().stream.state())
     valid = torch.cat([batch.info.valid.flatten() for batch in batches])
     seen = torch.cat([batch.info.positions.flatten() for batch in batches])[valid] + 1
-    flops = 3 * len(seen) * trainer.model.flops_per_token(float(seen.double().mean()))
+    flops = 3 * len(seen) * trainer.blueprint.flops_per_token(float(seen.double().mean()))
     record = trainer.train_step()
     assert record["tflops_per_device"] * record["seconds"] * 1e12 == pytest.approx(flops, rel=1e-9)
     assert not valid.all()
@@ -111,7 +111,7 @@ def test_clipping_scales_the_step_and_not_the_record(make):
 def test_router_biases_follow_the_load_once_per_step(make):
     trainer = make("trainer.router_bias_rate=0.25", "trainer.micro_batch_size=2")
     counted = []
-    for router in trainer.model.routers():
+    for router in trainer.engine.model.routers():
         update = router.update_bias
         router.update_bias = lambda c, rate, update=update: (
             counted.append(c.clone()),
@@ -122,7 +122,7 @@ def test_router_biases_follow_the_load_once_per_step(make):
     trainer.train_step()
     routed = 2 * sum(int(batch.info.valid.sum()) for batch in batches)  # top_k = 2
     assert [int(counts.sum()) for counts in counted] == [routed] * 3
-    for router, counts in zip(trainer.model.routers(), counted, strict=True):
+    for router, counts in zip(trainer.engine.model.routers(), counted, strict=True):
         load = counts.double()
         torch.testing.assert_close(router.bias, (0.25 * (load.mean() - load).sign()).float())
         assert not router.counts.any()
@@ -199,7 +199,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(make, tmp_path):
 def test_only_a_gradient_that_is_not_finite_stops_it_too(make):
     trainer = make()
     before = weights(trainer)
-    trainer.model.norm.weight.register_hook(lambda grad: grad * math.inf)
+    trainer.engine.model.norm.weight.register_hook(lambda grad: grad * math.inf)
     with pytest.raises(TrainingError, match=r"step 1: loss \d.*grad_norm (inf|nan) in batch epoch"):
         trainer.run()
     torch.testing.assert_close(weights(trainer), before, rtol=0, atol=0)

@@ -64,19 +64,24 @@ def open_weights(path: Path) -> WeightSource:
     )
 
 
-def load_weights(model: HybridLM, source: Path) -> None:
+def load_weights(
+    model: HybridLM, source: Path, *, assign: Callable[[str, Tensor], object] | None = None
+) -> None:
     """Fills the model, tensor by tensor, keeping its dtypes and devices.
 
+    assign: takes name and whole tensor in place of the model, which only tells the shapes then.
     Raises ConfigError, before anything is filled, if names or shapes differ.
     """
     weights = open_weights(source)
     state = model.state_dict()
     expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if assign is None:
+        assign = lambda name, value: state[name].copy_(value)  # noqa: E731
     try:
         check_shapes(expected, weights.shapes, fault=f"{source} holds another model")
         with torch.no_grad():
-            for name, tensor in state.items():
-                tensor.copy_(weights.get(name))
+            for name in expected:
+                assign(name, weights.get(name))
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

@@ -5,8 +5,8 @@ the model's own names, whole and in fp32 or wider, so that a run may go on with 
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,25 +20,50 @@ from torch.distributed.checkpoint.state_dict import (
 
 from parallel.collectives import sum_over_ranks
 from parallel.mesh import Mesh
+from trainer.settings import Numerics
 
 State = dict[str, dict[str, Any]]  # "model" and "optimizer": name -> tensor
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
+class Model(Protocol):
+    """What an engine sees of the model, e.g. a `HybridLM`, beside its being a module."""
+
+    layers: Sequence[nn.Module]  # whose parameters nothing reads outside their own forward
+
+    def units(self) -> list[nn.Module]: ...
+
+
+class LossModule(nn.Module):
+    """Called with a batch, it returns the sum of its token losses."""
+
+    model: Any  # a module and a `Model`, whose names are those of a checkpoint
+
+
 class Engine:
     """A single process; the base of the others.
 
-    loss: the module that is called with a batch and returns the sum of its token losses;
-    model: the part of it whose names are those of a checkpoint.
+    loss: its model is on the meta device, and `initialise` gives each of its units memory and
+    initial values, for which every rank calls it in the same order: they are drawn at random.
+    optimizer: makes one for the parameters of the module that it is given.
     """
 
     gradient_factor: float = 1.0  # undoes the engine's averaging: gradients are sums over ranks
 
     def __init__(
-        self, *, loss: nn.Module, model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh
+        self,
+        *,
+        loss: LossModule,
+        initialise: Callable[[nn.Module], None],
+        optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+        mesh: Mesh,
+        numerics: Numerics,
     ) -> None:
-        self.loss, self.model, self.optimizer, self.mesh = loss, model, optimizer, mesh
+        self.loss, self.model, self.mesh, self.numerics = loss, loss.model, mesh, numerics
+        for unit in self.model.units():
+            initialise(unit)
+        self.optimizer = optimizer(self.model)
 
     def accumulate(self, batch: Any, scale: float, *, last: bool) -> Tensor:
         """Adds the gradients of `scale` x the loss of a micro-batch; -> its detached loss sum.
@@ -68,16 +93,25 @@ class Engine:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def state(self) -> State:
-        """Live tensors where the engine keeps them whole: what fills them has loaded them.
+    def assign(self, name: str, value: Tensor) -> None:
+        """Gives a parameter or buffer of the model its value, whole and the same on all ranks."""
+        self.model.state_dict()[name].copy_(value)
 
-        Hyperparameters stay out: they are the configuration's, also when a run is resumed.
+    def state(self) -> State:
+        """What this rank has to save: live tensors, or copies where the engine keeps them in
+        another form. A plain tensor is alike on all ranks that have it, which may be one alone.
+
+        Collective. Hyperparameters stay out: they are the configuration's, also on resuming.
         """
         optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=_FLAT)
         tensors = {name: x for name, x in optimizer.items() if name.startswith("state.")}
         return {"model": get_model_state_dict(self.model), "optimizer": tensors}
 
-    def load_state(self, state: State) -> None:
+    def load(self, fill: Callable[[State], None]) -> None:
+        """Collective; `fill` reads what is saved under the names that it is given into the tensors
+        that it is given, on each rank by itself."""
+        state = self.state()
+        fill(state)
         optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=_FLAT)
         optimizer.update(state["optimizer"])
         set_model_state_dict(self.model, state["model"])
@@ -85,14 +119,26 @@ class Engine:
 
 
 class _Probe(nn.Module):
-    """One parameter, whose gradient is the input."""
+    """One parameter."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(()))
+        self.weight = nn.Parameter(torch.ones(1))
+        self.layers = nn.ModuleList()
+
+    def units(self) -> list[nn.Module]:
+        return [self]
+
+
+class _ProbeLoss(LossModule):
+    """The gradient of the parameter is the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = _Probe()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * x
+        return (self.model.weight * x).sum()
 
 
 def verify_gradient_factor(engine: Callable[..., Engine], mesh: Mesh) -> None:
@@ -101,9 +147,12 @@ def verify_gradient_factor(engine: Callable[..., Engine], mesh: Mesh) -> None:
     A wrong factor is silent otherwise: Adam hides it, and only clipping shows it. Raises
     RuntimeError.
     """
-    probe = _Probe().to(mesh.device)
-    sgd = torch.optim.SGD(probe.parameters(), lr=0.0)
-    wrapped = engine(loss=probe, model=probe, optimizer=sgd, mesh=mesh)
+    wrapped = engine(
+        loss=_ProbeLoss().to(mesh.device),
+        initialise=lambda unit: None,
+        optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.0),
+        mesh=mesh,
+    )
     x = torch.tensor(float(mesh.rank + 1), device=mesh.device)
     for last in (False, True):
         wrapped.accumulate(x, 1.0, last=last)

@@ -1,5 +1,6 @@
 """Data parallelism: every rank holds the whole model, gradients are summed over the ranks."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,7 +8,8 @@ from torch import Tensor, nn
 
 from parallel.gradients import GradientReducer
 from parallel.mesh import Mesh
-from trainer.engine import Engine
+from trainer.engine import Engine, LossModule
+from trainer.settings import Numerics
 
 
 class DDPEngine(Engine):
@@ -16,16 +18,19 @@ class DDPEngine(Engine):
     def __init__(
         self,
         *,
-        loss: nn.Module,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        loss: LossModule,
+        initialise: Callable[[nn.Module], None],
+        optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         mesh: Mesh,
+        numerics: Numerics,
         bucket_mb: float = 25.0,
     ) -> None:
-        super().__init__(loss=loss, model=model, optimizer=optimizer, mesh=mesh)
+        super().__init__(
+            loss=loss, initialise=initialise, optimizer=optimizer, mesh=mesh, numerics=numerics
+        )
         self._reducer = None
         if mesh.group is not None:
-            trained = (p for p in model.parameters() if p.requires_grad)
+            trained = (p for p in self.model.parameters() if p.requires_grad)
             self._reducer = GradientReducer(trained, mesh.group, bucket_mb=bucket_mb)
         self._first = True
 
