@@ -4,7 +4,7 @@ Notation of Kimi Linear (arXiv 2510.26692, section 3) with beta folded in. Per c
 decay from its start and R the decay to its end:
 
     T = (I + Diag(beta) A_kk)^-1,   U = T (beta V),   W = T (beta K P)
-    V' = U - W S,   O = (Q P) S + A_qk V',   S_next = M S + B,
+    V' = U - W S,   O = (Q P) S + A_qk V' = (Q P - A_qk W) S + A_qk U,   S_next = M S + B,
     M = Diag(P_last) - (K R)^T W,   B = (K R)^T U
 
 so chunks are chained by affine maps of the state, and so is the backward, by their transposes:
@@ -99,8 +99,7 @@ class Segment:
     def states(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """The state [batch x heads, K, V] before each chunk, [X, K, V], and after the last.
 
-        Here and in `output` a state may have columns before those of v: of them the values are
-        zero.
+        Here and in `output` a state may have further columns in front, whose values are zero.
         """
         size = (-1, state.shape[0])
         transitions = self.transition.unflatten(0, size)

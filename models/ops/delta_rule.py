@@ -87,7 +87,7 @@ class ChunkedDeltaRule(LinearRecurrence):
         beta: Tensor,
         info: SequenceInfo,
     ) -> Response:
-        """One pass; what enters is then added to all that came of it."""
+        """One pass, to whose results `enter` adds what the state makes of them."""
         grid = self._grid(info)
         with full_precision(q):
             inputs = tuple(widen(x) for x in (q, k, v, log_decay, beta))
@@ -144,8 +144,8 @@ def _scan(
 
 
 class _Affine(NamedTuple):
-    """A scan from the state [I, 0]: values are written to the columns behind the identity alone, so
-    what comes of the others is what any state would turn into."""
+    """A scan from the state [I, 0], of which the columns of I have no values: what comes of these
+    is the linear part, what comes of the others the constant one."""
 
     reads: Tensor  # [batch, seq, heads, key_dim]
     output: Tensor  # [batch, seq, heads, value_dim]
@@ -165,7 +165,7 @@ class _Affine(NamedTuple):
         return cls(torch.cat(reads, dim=1), torch.cat(output, dim=1), *states)
 
     def enter(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Output, states before the segments and the last one, had this state entered."""
+        """Output, states before the segments and the last one, from this state."""
         states = self.written + self.through @ state
         output = self.output + torch.einsum("bthk,bhkv->bthv", self.reads, state)
         return output, states[:-1], states[-1]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from models.ops.delta_rule import ChunkedDeltaRule, TokenLoopDeltaRule
 from models.ops.dyadic import DyadicScores
-from models.sequence import Fragment, SequenceInfo
+from models.sequence import Fragment, Recurrent, SequenceInfo
 
 HEADS, KEY, VALUE = 3, 8, 5
 # Documents of the two rows: cuts inside chunks, on their edges, and of a single token.
@@ -152,6 +152,8 @@ def test_a_gap_forgets_the_state(op):
     info = SequenceInfo.from_fragments(rows)
     *tokens, state = make_inputs(info, "keeping", torch.float64)
     output, final = op(*tokens, info, initial_state=state)
+    later = entered(op)(*tokens, info, initial_state=state)
+    torch.testing.assert_close(later, Recurrent(output, final), rtol=0, atol=1e-13)
     for b, cuts in enumerate([(0, 80, 145, 150), (0, 64, 150)]):
         entering = state[b : b + 1]
         for start, stop in pairwise(cuts):
