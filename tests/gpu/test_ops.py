@@ -102,12 +102,12 @@ def test_conv(name, info):
     )
 
 
-@pytest.mark.parametrize("name", ["chunked", pytest.param("fla", marks=needs("fla"))])
-@pytest.mark.parametrize(
-    "info", [PACKED, CUT, SequenceInfo.span(2, 5, 205)], ids=["packed", "cut", "continued"]
-)
-def test_delta_rule(name, info):
-    info = info.to(DEVICE)
+DELTA_RULES = ["chunked", pytest.param("fla", marks=needs("fla"))]
+DELTA_DTYPES = [BF16] * 3 + [FP32] * 3
+
+
+def delta_rule_inputs(info: SequenceInfo) -> list[Tensor]:
+    """q, k, v, log_decay, beta and an initial state."""
     (batch, seq), heads, dim = info.shape, 3, 64
     q, k, v, log_decay, beta, state = random_tensors(
         *[(batch, seq, heads, dim)] * 4,
@@ -117,13 +117,41 @@ def test_delta_rule(name, info):
     )
     exact = [F.normalize(q, dim=-1) * dim**-0.5, F.normalize(k, dim=-1), v]
     exact += [-F.softplus(log_decay - 2), beta.sigmoid(), state]
-    exact = [x.detach().requires_grad_() for x in exact]
+    return [x.detach().requires_grad_() for x in exact]
 
-    def run(op):
+
+@pytest.mark.parametrize("name", DELTA_RULES)
+@pytest.mark.parametrize(
+    "info", [PACKED, CUT, SequenceInfo.span(2, 5, 205)], ids=["packed", "cut", "continued"]
+)
+def test_delta_rule(name, info):
+    info = info.to(DEVICE)
+
+    def first(op):
         return lambda *x: op(*x[:5], info, initial_state=x[5])
 
-    op = Ops(delta_rule=name, device=DEVICE).delta_rule()
-    within_budget(run(op), run(TokenLoopDeltaRule()), exact, [BF16] * 3 + [FP32] * 3)
+    def later(op):
+        return lambda *x: op.response(*x[:5], info).enter(x[5])
+
+    op, exact = Ops(delta_rule=name, device=DEVICE).delta_rule(), delta_rule_inputs(info)
+    for run in (first, later):
+        within_budget(run(op), first(TokenLoopDeltaRule()), exact, DELTA_DTYPES)
+
+
+@pytest.mark.parametrize("name", DELTA_RULES)
+def test_delta_rule_before_a_state_enters(name):
+    info = SequenceInfo.span(2, 5, 205).to(DEVICE)
+
+    def run(op, tensors: list[Tensor]) -> list[Tensor]:
+        response = op.response(*tensors[:5], info)
+        return [response.reads, response.transition.tensor, response.update]
+
+    exact = delta_rule_inputs(info)
+    rounded = [x.detach().to(dtype) for x, dtype in zip(exact, DELTA_DTYPES, strict=True)]
+    got = run(Ops(delta_rule=name, device=DEVICE).delta_rule(), rounded)
+    budget, truth = run(TokenLoopDeltaRule(), rounded), run(TokenLoopDeltaRule(), exact)
+    for x, y, z in zip(got, budget, truth, strict=True):
+        assert (x - z).norm() <= 2 * (y - z).norm()
 
 
 def test_experts():
