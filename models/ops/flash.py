@@ -132,6 +132,9 @@ def whole_documents(
         squares = [(start, stop, start, stop) for start, stop in pairwise(ends)]
         if [tile[:4] for tile in plan] != squares or ends[-1] != seq:
             return None
+        # Keys that all come before as many queries make a square too; a single pair is in order.
+        if not all(tile.causal or tile.q_stop - tile.q_start == 1 for tile in plan):
+            return None
         if seq != sum(fragment.length for fragment in key_row):
             return None
         stops += [stops[-1] + stop for stop in ends[1:]]

@@ -38,6 +38,7 @@ PAIRS = {
     "cut": (CUT, CUT),
     "decoding": (SequenceInfo.span(2, 150, 151), SequenceInfo.span(2, 0, 151)),
     "prefill": (SequenceInfo.span(2, 100, 151), SequenceInfo.span(2, 0, 151)),
+    "before": (SequenceInfo.span(2, 100, 200), SequenceInfo.span(2, 0, 100)),
 }
 
 

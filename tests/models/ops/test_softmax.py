@@ -114,6 +114,7 @@ QUERIES_AND_KEYS = {
     "decoding": (SequenceInfo.span(2, 20, 21), SequenceInfo.span(2, 0, 21)),
     "chunked prefill": (SequenceInfo.span(2, 12, 21), SequenceInfo.span(2, 0, 21)),
     "window of keys": (SequenceInfo.span(1, 12, 21), SequenceInfo.span(1, 4, 15)),
+    "as many keys before": (SequenceInfo.span(1, 12, 21), SequenceInfo.span(1, 3, 12)),
     "keys behind": (SequenceInfo.span(1, 12, 21), SequenceInfo.span(1, 15, 30)),
     "later keys only": (SequenceInfo.span(1, 12, 21), SequenceInfo.span(1, 21, 30)),
     "scattered keys": (INFOS["unequal rows"].row(3), INFOS["scattered"].row(1)),
@@ -220,5 +221,6 @@ def test_whole_documents_are_one_call():
     assert lengths.bounds.tolist() == [0, 4, 5, 8, 16] and lengths.longest == 8
     rows = INFOS["scattered"].fragments
     assert whole_documents(rows, rows, torch.device("cpu")) is None
-    decoding = (info.fragments for info in QUERIES_AND_KEYS["decoding"])
-    assert whole_documents(*decoding, torch.device("cpu")) is None
+    for name in ("decoding", "as many keys before"):
+        pair = (info.fragments for info in QUERIES_AND_KEYS[name])
+        assert whole_documents(*pair, torch.device("cpu")) is None
