@@ -38,7 +38,8 @@ class Fragment:
 class SequenceInfo:
     """Where each local token sits; every mask, reset and position derives from it.
 
-    Query i sees key j iff both are of one document and index_j <= index_i. The fragments are the
+    Query i sees key j iff both are of one document and index_j <= index_i; only a softmax op built
+    with causal=False, and what is made of it, drops the second condition. The fragments are the
     host's copy of the same facts, for code that must know lengths without asking the device.
     """
 
@@ -173,13 +174,18 @@ class Visibility(NamedTuple):
 
 
 class SoftmaxAttention(SequenceOp):
-    """Causal softmax attention inside documents.
+    """Softmax attention inside documents: causal or, built with causal=False, of every token to all
+    tokens of its document.
 
     Two further masks, `window` and `visibility`, are taken only by an implementation that lists
     them in `masks`: whoever builds a mixer that needs one checks it then, not at step 900.
     """
 
     masks: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, *, causal: bool = True) -> None:
+        super().__init__()
+        self.causal = causal
 
     @abstractmethod
     def forward(
@@ -199,7 +205,7 @@ class SoftmaxAttention(SequenceOp):
         q: [batch, seq, heads, dim]; k: [batch, key_seq, kv_heads, dim]; v: [..., kv_heads, v_dim];
         kv_heads divides heads; head h reads key head h // (heads // kv_heads). scale is
         dim^-0.5 unless given. key_info: where the keys sit, if not where the queries do.
-        window: keys further back than window - 1 indices are not seen.
+        window: keys `window` indices away or more are not seen.
         """
 
     @abstractmethod
