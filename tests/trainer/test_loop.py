@@ -157,7 +157,9 @@ def test_saves_on_schedule_and_the_last_step_once(make, tmp_path):
     assert make("checkpoint.every=2").run() is None  # nothing is left to do
 
 
-@pytest.mark.parametrize("more", [[], ["trainer.precision=fp64"], ["engine.bucket_mb=1"]])
+@pytest.mark.parametrize(
+    "more", [[], ["trainer.precision=fp64", "checkpoint.background=false"], ["engine.bucket_mb=1"]]
+)
 def test_resuming_is_bitwise(make, tmp_path, more):
     fixed = ["checkpoint.every=2", "checkpoint.keep=0", "schedule.total_steps=4", *more]
     whole = make(*fixed)

@@ -69,15 +69,20 @@ class Engine:
         self.optimizer.zero_grad()
 
     def state(self) -> State:
-        """Live tensors where the engine keeps them whole: what fills them has loaded them.
+        """What this rank has to save: live tensors, or copies where the engine keeps them in
+        another form. A plain tensor is alike on all ranks that have it, which may be one alone.
 
-        Hyperparameters stay out: they are the configuration's, also when a run is resumed.
+        Collective. Hyperparameters stay out: they are the configuration's, also on resuming.
         """
         optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=_FLAT)
         tensors = {name: x for name, x in optimizer.items() if name.startswith("state.")}
         return {"model": get_model_state_dict(self.model), "optimizer": tensors}
 
-    def load_state(self, state: State) -> None:
+    def load(self, fill: Callable[[State], None]) -> None:
+        """Collective; `fill` reads what is saved under the names that it is given into the tensors
+        that it is given, on each rank by itself."""
+        state = self.state()
+        fill(state)
         optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=_FLAT)
         optimizer.update(state["optimizer"])
         set_model_state_dict(self.model, state["model"])
