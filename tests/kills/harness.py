@@ -66,7 +66,8 @@ class Harness:
         self.report = Report()
         self._random = random.Random(seed)
         self._starts = 0
-        options = [f"trainer.steps={STEPS}", f"checkpoint.every={EVERY}"]
+        small = ["model.pattern=[kda,mla]", "model.num_layers=2"]
+        options = [*small, f"trainer.steps={STEPS}", f"checkpoint.every={EVERY}"]
         self._config = tiny_config(folder, *options, *overrides)
         self._run_dir = folder / "reference"
         start = time.monotonic()
