@@ -20,7 +20,6 @@ from tests.kills import child
 from tests.kills.child import POINTS, RANDOM, Kill
 from tests.trainer.tiny import config as tiny_config
 from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.ranks import quiet
 from trainer.checkpoint.shards import TensorReader
 from trainer.checkpoint.store import CheckpointStore
 
@@ -239,6 +238,5 @@ def _tensors(run_dir: Path) -> dict[str, torch.Tensor]:
     reader = TensorReader(run_dir / "checkpoints" / f"step_{STEPS:08}")
     entries = reader.read_metadata().state_dict_metadata
     tensors = {name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in entries.items()}
-    with quiet():
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors

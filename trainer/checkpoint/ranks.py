@@ -1,8 +1,6 @@
 """The ranks of a run as checkpoints see them: steps that all take together, or none."""
 
-import contextlib
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -65,11 +63,3 @@ def _describe(failure: Exception) -> tuple[type[Exception], str]:
         named = failure.filename is not None and failure.strerror is not None
         return OSError, f"{failure.filename}: {failure.strerror}" if named else str(failure)
     return RuntimeError, repr(failure)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """torch.distributed.checkpoint warns whenever a single process uses it, which is fine."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is")
-        yield

@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from models.checkpoints.table import Shape, check_shapes
 from trainer.checkpoint import random_state
 from trainer.checkpoint.manifest import read_manifest
-from trainer.checkpoint.ranks import Ranks, quiet
+from trainer.checkpoint.ranks import Ranks
 from trainer.checkpoint.shards import TensorReader
 from trainer.engine import State
 from trainer.errors import ConfigError
@@ -49,8 +49,7 @@ class CheckpointReader:
 
     def fill(self, state: State) -> None:
         """Reads into the tensors of `state`, whole ones or shards, a part of the names or all."""
-        with quiet():
-            dcp.load(state, storage_reader=self._shards, no_dist=True)
+        dcp.load(state, storage_reader=self._shards, no_dist=True)
 
     def restore_generators(self) -> None:
         """This rank's random generators; where there were other ranks they stay as they are."""

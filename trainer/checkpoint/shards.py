@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import os
+import warnings
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor
 
 from trainer.checkpoint.manifest import Files, fingerprint, sync_folder, write_durably
-from trainer.checkpoint.ranks import Ranks, quiet
+from trainer.checkpoint.ranks import Ranks
 from trainer.engine import State
 
 Listing = Mapping[tuple[str, str], int]  # (section, name) -> bytes
 
 INDEX = ".metadata"  # which tensor is where
+
+# Said of every process that reads by itself. Not around the calls: that is not safe in threads.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
 
 def write_shards(folder: Path, state: State, ranks: Ranks) -> Files:
@@ -31,10 +35,8 @@ def write_shards(folder: Path, state: State, ranks: Ranks) -> Files:
     writer = dcp.FileSystemWriter(folder)
     writer.fs = _NamedFiles()
     try:
-        with quiet():
-            dcp.save(
-                state, storage_writer=writer, process_group=ranks.group, no_dist=ranks.count == 1
-            )
+        alone = ranks.group is None
+        dcp.save(state, storage_writer=writer, process_group=ranks.group, no_dist=alone)
     except CheckpointException as failed:  # which is no Exception
         raise next(iter(failed.failures.values()))[0] from failed
     sync_folder(folder)

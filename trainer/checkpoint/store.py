@@ -73,7 +73,8 @@ class CheckpointStore:
         state: {"model": {name: tensor}, "optimizer": {name: tensor}}, live: nothing may change it
         before `wait_staged`. A plain tensor is alike on all ranks that have it, which need not be
         all. progress: what JSON holds; config: the resolved configuration, YAML; eval_loss: at this
-        step. Raises RuntimeError if the save before met with what is no fault of the file system.
+        step. Raises RuntimeError for what is no fault of the file system, a background save at the
+        next call.
         """
         self.drain()
         generators = io.BytesIO()
@@ -90,6 +91,7 @@ class CheckpointStore:
             threading.Thread(target=self._run, args=work, daemon=True).start()
         else:
             self._run(*work)
+            self.drain()
 
     def wait_staged(self) -> None:
         """Returns when the state of the save under way may change."""
@@ -180,7 +182,8 @@ class CheckpointStore:
         return copies[0]
 
     def _newest(self, files: CheckpointFolder) -> Path | None:
-        for path in self._ranks.first(files.candidates):
+        names = self._ranks.first(lambda: [path.name for path in files.candidates()])
+        for path in (files.path / name for name in names):
             try:
                 self._verify(path)
             except ConfigError as error:

@@ -22,7 +22,6 @@ from models.checkpoints.shards import ShardReader, has_shards
 from models.checkpoints.table import Shape, check_shapes, published_shapes
 from models.hybrid import HybridLM
 from trainer.checkpoint.manifest import MANIFEST, check_whole
-from trainer.checkpoint.ranks import quiet
 from trainer.checkpoint.shards import TensorReader
 from trainer.checkpoint.store import CheckpointStore
 from trainer.data.tokenizer import build_tokenizer
@@ -122,8 +121,7 @@ def _open_checkpoint(path: Path) -> WeightSource:
 
     def get(name: str) -> Tensor:
         tensor = torch.empty(shapes[name], dtype=entries[name].properties.dtype)
-        with quiet():
-            dcp.load({"model": {name: tensor}}, storage_reader=reader, no_dist=True)
+        dcp.load({"model": {name: tensor}}, storage_reader=reader, no_dist=True)
         return tensor
 
     return WeightSource(
