@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -19,10 +20,11 @@ def main(arguments: list[str]) -> None:
         else:
             overrides.append(argument)
     logging.getLogger("trainer").setLevel(logging.ERROR)  # drafts left behind are the point here
-    with tempfile.TemporaryDirectory() as folder:
-        ranks, seed = int(options["ranks"]), int(options["seed"])
-        harness = Harness(Path(folder), ranks, seed=seed, overrides=overrides)
-        report = harness.run(int(options["trials"]))
+    folder = Path(tempfile.mkdtemp(prefix="kills-"))  # stays where a restart went wrong
+    ranks, seed = int(options["ranks"]), int(options["seed"])
+    harness = Harness(folder, ranks, seed=seed, overrides=overrides)
+    report = harness.run(int(options["trials"]))
+    shutil.rmtree(folder)
     print(json.dumps({"ranks": ranks, "overrides": overrides} | report.summary()))
 
 
