@@ -113,6 +113,16 @@ def join(*, timeout_minutes: float = 30, cp: int | None = 1, ulysses: int = 1) -
     return Mesh(device=device, rank=rank, ranks=ranks, group=group, store=store, **axes)
 
 
+def host_group(mesh: Mesh, *, timeout_minutes: float) -> dist.ProcessGroup | None:
+    """Another group of all ranks, for what a thread of its own has to say on the host. Collective.
+
+    Waits like those of `join`; None for a single process.
+    """
+    if mesh.group is None:
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+
+
 def leave(mesh: Mesh) -> None:
     """Waits for every rank, then gives the groups up."""
     if mesh.group is not None:

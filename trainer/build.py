@@ -23,8 +23,9 @@ from models.moe import MoE
 from models.ops.select import Ops
 from parallel.activation_checkpoint import apply_activation_checkpointing
 from parallel.context import apply_context_parallel, build_schemes, heads_needed
-from parallel.mesh import Mesh, join
+from parallel.mesh import Mesh, host_group, join
 from trainer.agreement import check_agreement
+from trainer.checkpoint.keep import Keep
 from trainer.checkpoint.store import CheckpointStore
 from trainer.checkpoint.weights import load_weights
 from trainer.console import Console, header
@@ -192,7 +193,7 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
         mesh=mesh,
         stream=stream,
         sharder=sharder,
-        store=CheckpointStore(run_dir / "checkpoints", keep=saving.keep),
+        store=build_store(saving, evaluation, parallelism, mesh, run_dir),
         learning_rate=build_learning_rate(config),
         steps=settings.steps,
         grad_clip=math.inf if settings.grad_clip is None else settings.grad_clip,
@@ -238,6 +239,24 @@ def build_engine(
             materialise, model, device=mesh.device, dtype=numerics.parameters
         ),
         optimizer=lambda model: construct(config["optim"], "optim", model=model),
+    )
+
+
+def build_store(
+    saving: Saving, evaluation: Evaluation, parallelism: Parallelism, mesh: Mesh, run_dir: Path
+) -> CheckpointStore:
+    """Where checkpoints go. Collective; raises ConfigError."""
+    if saving.keep_best and (not evaluation.every or saving.every % evaluation.every):
+        raise ConfigError(
+            f"checkpoint.keep_best={saving.keep_best}: with eval.every={evaluation.every} and "
+            f"checkpoint.every={saving.every} not every checkpoint has a loss; allowed: 0, or an "
+            "eval.every that divides checkpoint.every"
+        )
+    return CheckpointStore(
+        run_dir / "checkpoints",
+        keep=Keep(newest=saving.keep, every=saving.keep_every, best=saving.keep_best),
+        group=host_group(mesh, timeout_minutes=parallelism.timeout_minutes),
+        background=saving.background,
     )
 
 

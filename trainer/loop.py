@@ -1,6 +1,5 @@
 """The training loop: what one optimiser step is, and when to evaluate, save and stop."""
 
-import functools
 import logging
 import math
 import time
@@ -9,13 +8,13 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from models.hybrid import HybridLM
-from parallel.collectives import gather_objects, max_over_ranks, sum_over_ranks
+from parallel.collectives import LostRankError, gather_objects, max_over_ranks, sum_over_ranks
 from parallel.layout import TokenLayout
 from parallel.mesh import Mesh
 from trainer.batch import Batch
@@ -82,7 +81,6 @@ class Trainer:
         Raises TrainingError naming step and batch if loss or gradients are not finite; no
         parameter has changed then, and no file. A held-out loss that is not ends the run too.
         """
-        saved = None
         try:
             while self.step < self.steps:
                 record = self.train_step()
@@ -91,9 +89,15 @@ class Trainer:
                 for sink in self.sinks:
                     sink.log(record)
                 if self._due(self.save_every) or self.step == self.steps:
-                    saved = self.save()
+                    self.save(eval_loss=record.get("eval_loss"))
+            saved = self.store.finish()
             if saved is not None and self.sharder is not None:
                 log.info(self.sharder.describe())
+        except LostRankError:  # which a save under way waits for too
+            raise
+        except BaseException:
+            self.store.settle()
+            raise
         finally:
             for sink in self.sinks:
                 sink.close()
@@ -118,6 +122,7 @@ class Trainer:
             self._stop(loss, norm, batches, local)
         self.step += 1
         rate = self.learning_rate(self.step)
+        self.store.wait_staged()
         self.engine.step(rate)
         self._balance_experts()
         seconds = time.perf_counter() - start
@@ -162,21 +167,22 @@ class Trainer:
         labels = int(sum_over_ranks(torch.tensor(labels), self.mesh.group))
         return float(sum_over_ranks(total, self.mesh.group)) / labels if labels else None
 
-    def save(self) -> Path:
+    def save(self, *, eval_loss: float | None = None) -> None:
+        """Starts a checkpoint of this step; `store.finish` tells whether it was published."""
         progress = {"step": self.step, "stream": self._read or self.stream.state()}
-        path = self.store.save(
-            self.step, self.engine.state(), progress=progress, config=self.config
-        )
-        log.info("saved %s", path)
-        return path
+        facts: dict[str, Any] = {"progress": progress, "config": self.config}
+        self.store.save(self.step, self.engine.state(), eval_loss=eval_loss, **facts)
 
     def load(self, checkpoint: Path) -> None:
         """Goes on where the checkpoint was written."""
-        progress = self.store.progress(checkpoint)
+        reader = self.store.reader(checkpoint)
         self._ahead, self._read = None, None
-        self.stream.restore(progress["stream"])  # first: names another tokenizer, not its shapes
-        self.engine.load(functools.partial(self.store.load, checkpoint))
-        self.step = progress["step"]
+        # First: names another tokenizer, not its shapes.
+        self.stream.restore(reader.progress["stream"])
+        reader.check(self.engine.state())
+        self.engine.load(reader.fill)
+        reader.restore_generators()
+        self.step = reader.progress["step"]
 
     def _prepare(self) -> _Prepared:
         """Reads the next step and plans its layouts, while the step before it computes."""

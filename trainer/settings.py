@@ -68,9 +68,12 @@ class Saving:
 
     every: int
     keep: int
+    keep_every: int
+    keep_best: int
+    background: bool
 
     def __post_init__(self) -> None:
-        for name in ("every", "keep"):
+        for name in ("every", "keep", "keep_every", "keep_best"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: 0 or more")
 

@@ -85,6 +85,16 @@ def test_a_sweep_gives_each_job_a_folder(train, tmp_path, run_dir):
         ("trainer.seed=9223372036854775808", "trainer.seed=9223372036854775808: allowed: int"),
         ("trainer.grad_clip=nan", "trainer.grad_clip=nan: allowed: finite float or null"),
         ("trainer.router_bias_rate=-1", "trainer.router_bias_rate is -1; allowed: 0 or more"),
+        ("checkpoint.keep_every=-1", "checkpoint.keep_every is -1; allowed: 0 or more"),
+        ("checkpoint.background=1", "checkpoint.background=1: allowed: bool"),
+        (
+            "checkpoint.keep_best=2 eval.every=0",
+            "checkpoint.keep_best=2: with eval.every=0 and checkpoint.every=200 not every",
+        ),
+        (
+            "checkpoint.keep_best=2 eval.every=3 checkpoint.every=4",
+            "checkpoint.keep_best=2: with eval.every=3 and checkpoint.every=4 not every",
+        ),
         ("eval.batches=0", "eval.batches is 0; allowed: 1 or more, or null"),
         ("trainer.steps=[1", "'trainer.steps=[1': not understood"),
         ("trainer.precision=fp8", "trainer.precision=fp8: allowed: fp32, bf16, fp64 or null"),

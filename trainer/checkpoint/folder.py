@@ -1,0 +1,138 @@
+"""The folder of a run's checkpoints as files: what one process does with it.
+
+step_00000100/    a checkpoint, there as a whole or not at all
+.step_00000200/   a draft of one, or what is left of one that was given up
+latest            the name of the checkpoint published last, replaced in one piece
+"""
+
+import logging
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint.keep import Keep
+from trainer.checkpoint.manifest import (
+    Files,
+    read_manifest,
+    sync_folder,
+    write_durably,
+    write_manifest,
+)
+from trainer.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+STEP = re.compile(r"step_(\d{8,})")
+
+
+class CheckpointFolder:
+    """`reserve`, `seal`, `publish`, `point` and `prune` are the phases of a save, in this order.
+
+    Killed anywhere in between, the folder holds the checkpoints it held, or one more.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def draft(self, step: int) -> Path:
+        return self.path / f".step_{step:08}"
+
+    def reserve(self, step: int) -> None:
+        """Makes an empty draft, and sweeps away those that were left."""
+        self.sweep()
+        self.draft(step).mkdir(parents=True)
+
+    def sweep(self) -> None:
+        for left in self.path.glob(".step_*"):
+            shutil.rmtree(left)
+
+    def seal(self, step: int, files: Files, **facts: Any) -> None:
+        """Writes the draft's manifest: its files, the facts, and how many were published before."""
+        before = [number for number in self._published().values() if number is not None]
+        write_manifest(
+            self.draft(step), files, step=step, number=1 + max(before, default=0), **facts
+        )
+        sync_folder(self.draft(step))
+
+    def publish(self, step: int) -> Path:
+        """Gives the draft its name."""
+        path = self.path / f"step_{step:08}"
+        if path.exists():  # damaged, or of a future that the run left
+            path.rename(self.path / f".{path.name}.replaced")
+        self.draft(step).rename(path)
+        sync_folder(self.path)
+        return path
+
+    def point(self, path: Path) -> None:
+        """Makes `latest` name it."""
+        staged = self.path / ".latest"
+        write_durably(staged, f"{path.name}\n".encode())
+        staged.replace(self.path / "latest")
+        sync_folder(self.path)
+
+    def prune(self, step: int, keep: Keep) -> None:
+        """Removes what no rule keeps, now that `step` is published.
+
+        Steps ahead of it are of a future that the run left; they stay and do not count.
+        """
+        losses = {s: _fact(path, "eval_loss") for s, path in self.steps().items() if s <= step}
+        for surplus in sorted(keep.surplus(losses) - {step}):
+            path = self.steps()[surplus]
+            path.rename(self.path / f".{path.name}.pruned")  # never seen half removed
+        self.sweep()
+
+    def steps(self) -> dict[int, Path]:
+        """The published checkpoints by step, in ascending order."""
+        matches = ((STEP.fullmatch(path.name), path) for path in self.path.glob("step_*"))
+        return dict(sorted((int(match[1]), path) for match, path in matches if match))
+
+    def candidates(self) -> list[Path]:
+        """Checkpoints to go on from, best first, their files not yet looked at.
+
+        A step ahead of another that was published after it is of a future that the run left. One
+        line says so of each, also of drafts and of a pointer that is not right.
+        """
+        for left in sorted(self.path.glob(".step_*")):
+            log.warning("skipping %s: it was never completed", left)
+        published = self._published()
+        pointed = self._pointed()
+        numbers = {step: -1.0 if n is None else n for step, n in published.items()}
+        if pointed is not None and published[pointed] is None:
+            numbers[pointed] = math.inf  # its manifest is damaged; the pointer vouches for it
+        if pointed is not None and numbers[pointed] < max(numbers.values()):
+            log.warning("%s is behind the checkpoint published last", self.path / "latest")
+        found = []
+        for step, path in reversed(self.steps().items()):
+            own = published[step]
+            if own is not None and any(n > own for s, n in numbers.items() if s < step):
+                log.warning("skipping checkpoint %s: the run went back behind it", path.name)
+            else:
+                found.append(path)
+        return found
+
+    def _published(self) -> dict[int, int | None]:
+        """How many were published before each step, itself included; None if unreadable."""
+        return {step: _fact(path, "number") for step, path in self.steps().items()}
+
+    def _pointed(self) -> int | None:
+        """The step that `latest` names, None if there is no such checkpoint."""
+        pointer = self.path / "latest"
+        if not pointer.exists():
+            return None
+        try:
+            match = STEP.fullmatch(pointer.read_text(errors="replace").removesuffix("\n"))
+        except OSError:
+            match = None
+        if match and int(match[1]) in self.steps():
+            return int(match[1])
+        log.warning("%s is damaged: it names no checkpoint that is there", pointer)
+        return None
+
+
+def _fact(path: Path, name: str) -> Any:
+    try:
+        return read_manifest(path)[name]
+    except (ConfigError, KeyError):
+        return None
