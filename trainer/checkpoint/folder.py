@@ -88,8 +88,8 @@ class CheckpointFolder:
         matches = ((STEP.fullmatch(path.name), path) for path in self.path.glob("step_*"))
         return dict(sorted((int(match[1]), path) for match, path in matches if match))
 
-    def candidates(self) -> list[Path]:
-        """Checkpoints to go on from, best first, their files not yet looked at.
+    def candidates(self, last_step: float = math.inf) -> list[Path]:
+        """Checkpoints up to a step to go on from, best first, their files not yet looked at.
 
         A step ahead of another that was published after it is of a future that the run left. One
         line says so of each, also of drafts and of a pointer that is not right.
@@ -105,6 +105,8 @@ class CheckpointFolder:
             log.warning("%s is behind the checkpoint published last", self.path / "latest")
         found = []
         for step, path in reversed(self.steps().items()):
+            if step > last_step:
+                continue
             own = published[step]
             if own is not None and any(n > own for s, n in numbers.items() if s < step):
                 log.warning("skipping checkpoint %s: the run went back behind it", path.name)

@@ -10,6 +10,7 @@ engine and number of ranks may change between runs.
 import io
 import json
 import logging
+import math
 import threading
 from concurrent.futures import Future, wait
 from pathlib import Path
@@ -146,6 +147,11 @@ class CheckpointStore:
             )
         return newest
 
+    def newest(self, last_step: int) -> Path | None:
+        """The newest whole checkpoint of `last_step` or before, as `resolve` would take it."""
+        self.drain()
+        return self._newest(self._files, last_step)
+
     def reader(self, path: Path) -> CheckpointReader:
         """Of a checkpoint that `resolve` gave; nothing is being saved any more."""
         self.drain()
@@ -181,8 +187,8 @@ class CheckpointStore:
         self._ranks.together(copy)
         return copies[0]
 
-    def _newest(self, files: CheckpointFolder) -> Path | None:
-        names = self._ranks.first(lambda: [path.name for path in files.candidates()])
+    def _newest(self, files: CheckpointFolder, last_step: float = math.inf) -> Path | None:
+        names = self._ranks.first(lambda: [path.name for path in files.candidates(last_step)])
         for path in (files.path / name for name in names):
             try:
                 self._verify(path)
