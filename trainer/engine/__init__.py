@@ -84,7 +84,9 @@ class Engine:
 
     def clip_grad_norm(self, max_norm: float) -> float:
         """-> the norm of all gradients before they are scaled down to `max_norm`."""
-        return float(nn.utils.clip_grad_norm_(self.model.parameters(), max_norm))
+        norm = gradient_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
+        return float(norm)
 
     def step(self, lr: float) -> None:
         """Updates the parameters with this learning rate and drops the gradients."""
@@ -124,6 +126,16 @@ class Engine:
         optimizer.update(state["optimizer"])
         set_model_state_dict(self.model, state["model"])
         set_optimizer_state_dict(self.model, self.optimizer, optimizer, options=_FLAT)
+
+
+def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The norm of all gradients as one vector, a scalar in their dtype.
+
+    Row by row, and the norms of the rows in fp64: on a CPU, `torch.nn.utils.get_total_norm` adds
+    the squares of a whole tensor in few fp32 sums, and loses 1e-4 of 2^22 elements, 1e-2 of 2^27.
+    """
+    rows = [torch.linalg.vector_norm(grad, dim=-1).flatten() for grad in gradients]
+    return torch.linalg.vector_norm(torch.cat(rows), dtype=torch.float64).to(rows[0].dtype)
 
 
 class _Probe(nn.Module):
