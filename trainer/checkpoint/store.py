@@ -79,9 +79,10 @@ class CheckpointStore:
         The generators stay as they are where the checkpoint is of another number of ranks. Raises
         ConfigError, before anything is filled, if the checkpoint holds another model or optimiser.
         """
-        together(lambda: _check_state(path, state))
+        shapes = together(lambda: {s: {n: _shape(x) for n, x in v.items()} for s, v in state.items()})
+        together(lambda: _check_state(path, shapes))
         with quiet():
-            dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=process_ranks() == 1)
+            dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
         if json.loads((path / MANIFEST).read_bytes())["ranks"] == process_ranks():
             random_state.restore(torch.load(path / _rng_file(), weights_only=True))
 
@@ -182,11 +183,12 @@ def _write(
     return {name: fingerprint(staging / name) for name in [*names, *side]}
 
 
-def _check_state(path: Path, state: State) -> None:
+def _check_state(path: Path, parts: list[dict[str, dict[str, Shape]]]) -> None:
+    """parts: what each rank reads."""
     saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    for section, values in state.items():
+    for section in parts[0]:
         prefix = f"{section}."
-        expected = {name: _shape(value) for name, value in values.items()}
+        expected = {name: shape for part in parts for name, shape in part[section].items()}
         found = {
             name.removeprefix(prefix): tuple(getattr(entry, "size", ()))
             for name, entry in saved.items()
