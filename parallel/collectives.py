@@ -51,6 +51,14 @@ def max_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return x
 
 
+def spread(x: Tensor, source: int, group: dist.ProcessGroup | None) -> Tensor:
+    """What x is on rank `source`, in place and returned; without gradients."""
+    if group is not None:
+        with reaching_ranks():
+            dist.broadcast(x, group_src=source, group=group)
+    return x
+
+
 def start_sum(x: Tensor, group: dist.ProcessGroup) -> dist.Work:
     """Like `sum_over_ranks`, but returns at once; x holds the sum after the work's `wait()`."""
     return dist.all_reduce(x, group=group, async_op=True)

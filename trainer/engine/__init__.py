@@ -170,7 +170,7 @@ def verify_gradient_factor(engine: Callable[..., Engine], mesh: Mesh) -> None:
     wrapped = engine(
         loss=_ProbeLoss().to(mesh.device),
         initialise=lambda unit: None,
-        optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.0),
+        optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=0.0),
         mesh=mesh,
     )
     x = torch.tensor(float(mesh.rank + 1), device=mesh.device)
