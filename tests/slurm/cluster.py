@@ -15,8 +15,10 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
+SYSTEM = "/usr/sbin:/sbin"  # not on everyone's path
 START_SECONDS = 60.0
 
 # A job of `high` preempts one of `low`, which has 60 s to end and is requeued. A requeued job
@@ -53,7 +55,7 @@ PartitionName=high Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF MaxTime=60
 
 def missing() -> str | None:
     """Why no Slurm can run here; None if it can."""
-    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    path = f"{os.environ['PATH']}:{SYSTEM}"
     absent = [name for name in NEEDED if shutil.which(name, path=path) is None]
     return f"needs {', '.join(absent)}" if absent else None
 
@@ -61,41 +63,41 @@ def missing() -> str | None:
 @contextlib.contextmanager
 def cluster(folder: Path, *, proctrack: str = "linuxproc") -> Iterator[None]:
     """Raises RuntimeError, with the last lines of the logs, if the nodes do not come up."""
-    os.environ["PATH"] += ":/usr/sbin:/sbin"
-    os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
     for name in ("state", "n1", "n2"):
         (folder / name).mkdir(parents=True)
     names = {"host": socket.gethostname().partition(".")[0], "user": getpass.getuser()}
     facts = {"folder": folder, "ports": free_ports(3), "proctrack": proctrack}
     (folder / "slurm.conf").write_text(CONF.format(**names, **facts))
-    started: list[subprocess.Popen] = []
-    try:
-        started.append(_munge(folder))
-        started.append(_daemon(folder, "slurmctld", "-D"))
-        started += [_daemon(folder, "slurmd", "-D", "-N", node) for node in ("n1", "n2")]
+    place = {"PATH": f"{os.environ['PATH']}:{SYSTEM}", "SLURM_CONF": str(folder / "slurm.conf")}
+    with mock.patch.dict(os.environ, place), contextlib.ExitStack() as stack:
+        stack.enter_context(_daemon(folder, "munged", *_munge_options(folder)))
+        stack.enter_context(_daemon(folder, "slurmctld", "-D"))
+        for node in ("n1", "n2"):
+            stack.enter_context(_daemon(folder, "slurmd", "-D", "-N", node))
         _wait_until_idle(folder)
+        stack.callback(_cancel_all)
+        yield
+
+
+@contextlib.contextmanager
+def _daemon(folder: Path, *command: str) -> Iterator[None]:
+    with (folder / "daemons.log").open("a") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
+    try:
         yield
     finally:
-        for process in reversed(started):
-            process.terminate()
-        for process in started:
-            process.wait(30)
+        process.terminate()
+        process.wait(30)
 
 
-def _munge(folder: Path) -> subprocess.Popen:
+def _munge_options(folder: Path) -> list[str]:
     key = folder / "munge.key"
     key.write_bytes(secrets.token_bytes(128))
     key.chmod(0o600)
     folder.chmod(0o755)  # munge wants nobody else to write above its socket
     files = {"key": key, "pid": "munge.pid", "log": "munge.log", "seed": "munge.seed"}
     options = [f"--{name}-file={folder / file}" for name, file in files.items()]
-    socket_ = f"--socket={folder / 'munge.socket'}"
-    return _daemon(folder, "munged", "--foreground", "--force", socket_, *options)
-
-
-def _daemon(folder: Path, *command: str) -> subprocess.Popen:
-    with (folder / "daemons.log").open("a") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
+    return ["--foreground", "--force", f"--socket={folder / 'munge.socket'}", *options]
 
 
 def _wait_until_idle(folder: Path) -> None:
@@ -108,6 +110,16 @@ def _wait_until_idle(folder: Path) -> None:
         if time.monotonic() > deadline:
             logs = [path.read_text()[-1500:] for path in sorted(folder.glob("*.log"))]
             raise RuntimeError("\n".join(["Slurm does not come up", told.stdout, *logs]))
+        time.sleep(0.5)
+
+
+def _cancel_all() -> None:
+    """What jobs started would outlive the daemons."""
+    subprocess.run(["scancel", f"--user={getpass.getuser()}"], check=True)
+    deadline = time.monotonic() + START_SECONDS
+    while subprocess.run(["squeue", "--noheader"], capture_output=True).stdout:
+        if time.monotonic() > deadline:
+            raise RuntimeError("jobs that were cancelled do not end")
         time.sleep(0.5)
 
 
