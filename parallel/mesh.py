@@ -12,6 +12,8 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,7 @@ from parallel.collectives import (
     gather_objects,
     sum_over_ranks,
 )
+from parallel.watchdog import Watchdog
 
 FAILURE_SECONDS = 10.0  # from the first rank that fails to the last, if all do
 
@@ -93,6 +96,8 @@ def join(*, timeout_minutes: float = 30, cp: int | None = 1, ulysses: int = 1) -
     # Counts of tokens are summed on the host, so that no device is waited for.
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
+    # The heartbeat must not push out what a rank that hangs did last.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "20000")
     # In a sweep a process joins once per job; a name of its own keeps each from the keys that the
     # job before it left in torchrun's store.
     store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
@@ -121,26 +126,45 @@ def context_ranks(*, ranks: int, cp: int | None, ulysses: int) -> int:
 
 def leave(mesh: Mesh) -> None:
     """Waits for every rank, then gives the groups up."""
-    if mesh.group is not None:
-        barrier(mesh.group)
-        dist.destroy_process_group()
+    barrier(mesh.group)
+    _give_up(mesh)
 
 
 @contextlib.contextmanager
-def membership(mesh: Mesh) -> Iterator[None]:
+def membership(
+    mesh: Mesh,
+    *,
+    lost_seconds: float = 60.0,
+    hang_seconds: float | None = None,
+    folder: Path | None = None,
+) -> Iterator[Watchdog]:
     """Leaves at the end, also of what failed on every rank: the next job of a sweep can join then.
 
-    A rank that fails alone stays `joined`, for the others wait for it; its process has to end.
+    A rank that fails alone stays `joined`, for the others wait for it; its process has to end. The
+    watchdog ends the others. It takes the bounds, and folder.
     """
+    hosts = gather_objects(os.uname().nodename, mesh.group)
+    bounds: dict[str, Any] = {"lost_seconds": lost_seconds, "hang_seconds": hang_seconds}
+    watchdog = Watchdog(rank=mesh.rank, hosts=hosts, store=mesh.store, folder=folder, **bounds)
     try:
-        yield
-    except LostRankError:
+        yield watchdog
+    except LostRankError as error:
+        raise LostRankError(watchdog.reason(str(error))) from error
+    except Exception as error:
+        watchdog.tell(f"{type(error).__name__}: {error}".partition("\n")[0])
+        if mesh.store is None or _all_failed(mesh, mesh.store):
+            watchdog.leave()
+            _give_up(mesh)
+            watchdog.close()
         raise
-    except Exception:
-        if mesh.store is not None and _all_failed(mesh, mesh.store):
-            dist.destroy_process_group()
-        raise
+    watchdog.leave()
     leave(mesh)
+    watchdog.close()
+
+
+def _give_up(mesh: Mesh) -> None:
+    if mesh.group is not None:
+        dist.destroy_process_group()
 
 
 def joined() -> bool:

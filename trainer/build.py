@@ -30,10 +30,12 @@ from trainer.construct import call, construct
 from trainer.data import TrainStream, build_data
 from trainer.engine import Engine, verify_gradient_factor
 from trainer.errors import ConfigError, naming
+from trainer.guard import Guard, Spike
 from trainer.heap import keep_heap
 from trainer.loop import Sink, Trainer
 from trainer.loss import LanguageModelLoss
 from trainer.metrics import MetricsFile, TensorBoard, Wandb, peak_flops
+from trainer.profiling import Profiling, StepProfiler
 from trainer.resume import check_resumable
 from trainer.settings import Evaluation, Logging, Numerics, Parallelism, Saving, Settings
 from trainer.sharder import Sharder
@@ -168,6 +170,8 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
     saving: Saving = call(Saving, config["checkpoint"], "checkpoint")
     evaluation: Evaluation = call(Evaluation, config["eval"], "eval")
     parallelism: Parallelism = call(Parallelism, config["parallel"], "parallel")
+    guard = build_guard(settings)
+    profiling: Profiling = call(Profiling, settings.profile, "trainer.profile")
     kept = settings.keep_heap and keep_heap()
     numerics = Numerics.choose(settings.precision, mesh.device)
     share: dict[str, Any] = {
@@ -200,13 +204,24 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
         eval_every=evaluation.every,
         eval_batches=evaluation.batches,
         peak_flops=peak_flops(mesh.device, numerics.precision),
+        guard=guard,
+        bad_batches=run_dir / "bad_batches.jsonl",
     )
     facts: dict[str, Any] = {"mesh": mesh, "ops": ops, "numerics": numerics}
     for line in header(config, model, parallelism=parallelism, heap_kept=kept, **facts):
         log.info(line)
     start_from(trainer, config)
     trainer.sinks = build_sinks(trainer, config, run_dir)
+    if profiling.steps is not None and mesh.rank in profiling.ranks:
+        where: dict[str, Any] = {"folder": run_dir / "profile", "rank": mesh.rank}
+        trainer.sinks.append(StepProfiler(steps=profiling.steps, done=trainer.step, **where))
     return trainer
+
+
+def build_guard(settings: Settings) -> Guard:
+    keys = ("nonfinite", "max_skips", "rollback_steps", "max_rollbacks")
+    spike: Spike = call(Spike, settings.spike, "trainer.spike")
+    return Guard(spike=spike, **{key: getattr(settings, key) for key in keys})
 
 
 def build_engine(

@@ -99,7 +99,7 @@ class Console:
     def log(self, record: Record) -> None:
         step = int(record["step"] or 0)
         self._bar.update(step - self._bar.n)
-        self._bar.set_postfix(loss=f"{record['loss']:.4f}")
+        self._bar.set_postfix(loss=_number(record["loss"], ".4f"))
         if step % self._every == 0 or step == self._steps or "eval_loss" in record:
             log.info(format_line(record, self._steps))
 
@@ -110,8 +110,8 @@ class Console:
 def format_line(record: Record, steps: int) -> str:
     parts = [
         f"step {record['step']:>{len(str(steps))}}/{steps}",
-        f"loss {record['loss']:.4f}",
-        f"grad_norm {record['grad_norm']:.3f}",
+        f"loss {_number(record['loss'], '.4f')}",
+        f"grad_norm {_number(record['grad_norm'], '.3f')}",
         f"lr {record['lr']:.2e}",
         f"{record['tokens_per_second']:,.0f} tokens/s",
         f"{record['tflops_per_device']:.3g} TFLOP/s",
@@ -121,4 +121,10 @@ def format_line(record: Record, steps: int) -> str:
         parts.insert(-1, f"mfu {record['mfu']:.1%}")
     if record.get("eval_loss") is not None:
         parts.append(f"eval_loss {record['eval_loss']:.4f}")
+    if record.get("skipped"):
+        parts.append("skipped")
     return "  ".join(parts)
+
+
+def _number(x: float | None, form: str) -> str:
+    return "not finite" if x is None else format(x, form)

@@ -1,6 +1,7 @@
 """The commands: compose a configuration, do the job, and end with an exit code that says how.
 
-0 done; 1 the run failed; 2 bad configuration, with one line on standard error.
+0 done; 1 the run failed; 2 bad configuration, with one line on standard error; 75 stopped by a
+signal, behind a complete checkpoint.
 """
 
 import contextlib
@@ -39,7 +40,8 @@ from trainer.errors import ConfigError, TrainingError
 from trainer.evaluate import run_task, trained_on
 from trainer.generation import write_text
 from trainer.run_folder import session, write_whole
-from trainer.settings import Start
+from trainer.settings import Settings, Start
+from trainer.signals import EXIT_STOPPED, StopSignals, end_with_launcher
 from trainer.slurm import job as slurm
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -47,6 +49,7 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 
 def command(config_name: str, job: Callable[[dict[str, Any]], object]) -> None:
     """Runs `job` on conf/<config_name>.yaml with the command line's changes; ends the process."""
+    end_with_launcher()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, instead of printing and exiting with 1
     register_mixers()
     sys.argv[1:] = map(verbatim, sys.argv[1:])
@@ -148,22 +151,46 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 
 def train(config: dict[str, Any]) -> None:
-    """One run, from nothing or from its last checkpoint, to its last step."""
+    """One run, from nothing or from its last checkpoint, to its last step.
+
+    Raises SystemExit where a signal ended it before that, and behind a job of a sweep during which
+    one came, as no other is to follow.
+    """
     run_dir = choose_run_dir(config)
     config["run_dir"] = str(run_dir)
+    settings: Settings = call(Settings, config["trainer"], "trainer")
     config["parallel"], reasons = resolve_parallel(config)
     mesh = build_mesh(config["parallel"])
     configure_logging(main=mesh.main)
-    with meshes.membership(mesh), session(run_dir, mesh):
+    with (
+        StopSignals() as signals,
+        meshes.membership(
+            mesh,
+            lost_seconds=settings.lost_rank_seconds,
+            hang_seconds=settings.hang_seconds,
+            folder=run_dir,
+        ) as watchdog,
+        session(run_dir, mesh) as status,
+    ):
+        watchdog.last_words = status.fail
         if mesh.main:
             log_to_file(run_dir / "train.log")
+        if status.left:
+            log.warning(status.left)
         for reason in reasons:
             log.info("auto    %s", reason)
         trainer = build_trainer(config, mesh=mesh, run_dir=run_dir)
+        trainer.signals, trainer.beat = signals, watchdog.beat
         if mesh.main:
             write_whole(run_dir / "config.yaml", trainer.config)
-        if trainer.run() is None:
+        if trainer.run() is None and trainer.step == trainer.steps:
             log.info("nothing to do: trainer.steps=%d is reached", trainer.steps)
+        early = trainer.step < trainer.steps
+        status.ends(step=trainer.step)
+        if early:
+            status.ends(outcome="stopped", signal=trainer.stopped_by)
+    if early or (trainer.stopped_by is not None and job_folder()):
+        raise SystemExit(EXIT_STOPPED)
 
 
 def choose_run_dir(config: dict[str, Any]) -> Path:

@@ -1,12 +1,13 @@
 """The sections of the configuration that belong to no constructor, typed and checked."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from parallel.context import AttentionScheme, RecurrenceScheme
 from parallel.layout import Strategy
+from trainer.guard import Action
 
 Precision = Literal["fp32", "bf16", "fp64"]
 
@@ -51,6 +52,14 @@ class Settings:
     compile: bool
     loss_tile: int
     keep_heap: bool
+    nonfinite: Action
+    spike: Any  # the section of trainer.guard.Spike
+    max_skips: int
+    rollback_steps: int
+    max_rollbacks: int
+    lost_rank_seconds: float
+    hang_minutes: float | None
+    profile: Any  # the section of trainer.profiling.Profiling
 
     def __post_init__(self) -> None:
         for name in ("steps", "micro_batch_size", "loss_tile"):
@@ -60,6 +69,17 @@ class Settings:
             raise ValueError(f"grad_clip is {self.grad_clip}; allowed: above 0, or null")
         if self.router_bias_rate < 0:
             raise ValueError(f"router_bias_rate is {self.router_bias_rate}; allowed: 0 or more")
+        for name in ("max_skips", "rollback_steps", "max_rollbacks"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 0 or more")
+        if self.lost_rank_seconds < 2:
+            raise ValueError(f"lost_rank_seconds is {self.lost_rank_seconds}; allowed: 2 or more")
+        if self.hang_minutes is not None and self.hang_minutes <= 0:
+            raise ValueError(f"hang_minutes is {self.hang_minutes}; allowed: above 0, or null")
+
+    @property
+    def hang_seconds(self) -> float | None:
+        return None if self.hang_minutes is None else 60 * self.hang_minutes
 
 
 @dataclass(frozen=True, kw_only=True)

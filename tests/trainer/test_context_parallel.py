@@ -165,9 +165,10 @@ def check_different_plans(axis: Axis) -> None:
         group=axis.group,
         context=Axis(axis.group, axis.rank % 2, 2, Traffic()),
     )
-    trainer = cast(Trainer, SimpleNamespace(mesh=mesh, step=6))
+    signals = SimpleNamespace(noted="SIGTERM" if axis.rank == 2 else None)
+    trainer = cast(Trainer, SimpleNamespace(mesh=mesh, step=6, signals=signals))
     batch = Batch.from_rows([[Run(torch.arange(5).numpy(), 9)]], seq_len=8, pad_id=77)
-    assert Trainer._count(trainer, [batch, batch], 7) == (40, 40, 4 * 2 * 15)
+    assert Trainer._count(trainer, [batch, batch], 7) == (40, 40, 4 * 2 * 15, 1)
     with pytest.raises(ConfigError, match="step 7: the context ranks of data rank 1 planned diff"):
         Trainer._count(trainer, [batch], 7 + (axis.rank == 3))
 

@@ -1,6 +1,7 @@
 """The command line: exit codes, the one line of an error, the files of a run."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -35,7 +36,8 @@ def test_a_run_from_start_to_end(train, tmp_path):
     code, out, errors = train(*arguments)
     assert (code, errors) == (0, [])
     folder = tmp_path / "run"
-    assert json.loads((folder / "status.json").read_text()) == {"outcome": "done"}
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["outcome"], status["step"], status["pid"]) == ("done", 4, os.getpid())
     assert yaml.safe_load((folder / "config.yaml").read_text())["schedule"]["total_steps"] == 4
     shown = out.splitlines()
     assert [line[:8] for line in shown if line.startswith("step ")] == ["step 2/4", "step 4/4"]
@@ -84,6 +86,13 @@ def test_a_sweep_gives_each_job_a_folder(train, tmp_path, run_dir):
         ("trainer.steps=0", "trainer.steps is 0; allowed: 1 or more"),
         ("trainer.seed=9223372036854775808", "trainer.seed=9223372036854775808: allowed: int"),
         ("trainer.grad_clip=nan", "trainer.grad_clip=nan: allowed: finite float or null"),
+        ("trainer.nonfinite=ask", "trainer.nonfinite=ask: allowed: stop, skip, rollback"),
+        ("trainer.spike.window=1", "trainer.spike.window is 1; allowed: 2 or more"),
+        ("trainer.spike=none", "trainer.spike=none: allowed: a section, whose keys are trainer.sp"),
+        ("trainer.max_skips=-1", "trainer.max_skips is -1; allowed: 0 or more"),
+        ("trainer.lost_rank_seconds=1", "trainer.lost_rank_seconds is 1; allowed: 2 or more"),
+        ("trainer.hang_minutes=0", "trainer.hang_minutes is 0; allowed: above 0, or null"),
+        ("trainer.profile.steps=[3,2]", "trainer.profile.steps is [3, 2]; allowed: [first, last]"),
         ("trainer.router_bias_rate=-1", "trainer.router_bias_rate is -1; allowed: 0 or more"),
         ("eval.batches=0", "eval.batches is 0; allowed: 1 or more, or null"),
         ("trainer.steps=[1", "'trainer.steps=[1': not understood"),
@@ -119,7 +128,8 @@ def test_a_run_that_fails_says_why_and_exits_with_1(train, tmp_path):
     assert code == 1
     assert len(errors) == 1 and errors[0].startswith("error: step 2: loss nan")
     status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert status == {"outcome": "failed", "reason": errors[0].removeprefix("error: ")}
+    assert status["outcome"] == "failed"
+    assert status["reason"] == errors[0].removeprefix("error: ")
 
 
 def test_a_held_out_loss_that_is_not_finite_ends_the_run(train, tmp_path):

@@ -69,6 +69,10 @@ class CheckpointStore:
         """
         return together(lambda: self._find(resume) if process_rank() == 0 else None)[0]
 
+    def newest(self, last_step: int) -> Path | None:
+        """The newest whole checkpoint of `last_step` or before, and not ahead of the pointer."""
+        return together(lambda: _newest(self.folder, last_step) if process_rank() == 0 else None)[0]
+
     def progress(self, path: Path) -> dict[str, Any]:
         """What `save` was given; a plain read, where the other methods are collective."""
         return json.loads((path / _PROGRESS).read_bytes())
@@ -130,11 +134,13 @@ class CheckpointStore:
         return newest
 
 
-def _newest(folder: Path) -> Path | None:
+def _newest(folder: Path, last_step: float = math.inf) -> Path | None:
     for stale in sorted(folder.glob(".step_*")):
         log.warning("skipping %s: it was never completed", stale)
     last = _last_step(folder)
     for step, path in reversed(_steps(folder)):
+        if step > last_step:
+            continue
         if step > last:
             log.warning("skipping checkpoint %s: the run went back behind it", path.name)
             continue

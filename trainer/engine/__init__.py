@@ -68,6 +68,14 @@ class Engine:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def drop(self) -> None:
+        """Takes the place of `step` where a step is not to be taken: drops the gradients of its
+        micro-batches; parameters and optimiser stay as they are, to the bit.
+
+        They may not be finite, and `clip_grad_norm` may have been called.
+        """
+        self.optimizer.zero_grad()
+
     def state(self) -> State:
         """Live tensors where the engine keeps them whole: what fills them has loaded them.
 
