@@ -85,11 +85,7 @@ def join(*, timeout_minutes: float = 30, cp: int | None = 1, ulysses: int = 1) -
     both are the same everywhere.
     """
     ranks = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
-    cp = ranks if cp is None else cp
-    if cp < 1 or ranks % cp:
-        raise ValueError(f"cp is {cp}; allowed: a divisor of the run's {ranks} ranks")
-    if ulysses < 1 or cp % ulysses:
-        raise ValueError(f"ulysses is {ulysses}; allowed: a divisor of cp={cp}")
+    cp = context_ranks(ranks=ranks, cp=cp, ulysses=ulysses)
     cuda = torch.cuda.is_available()
     device = torch.device("cpu")
     if cuda:
@@ -126,6 +122,16 @@ def host_group(mesh: Mesh, *, timeout_minutes: float) -> dist.ProcessGroup | Non
     if mesh.group is None:
         return None
     return dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+
+
+def context_ranks(*, ranks: int, cp: int | None, ulysses: int) -> int:
+    """The ranks that share a sequence; raises ValueError as `join` does."""
+    cp = ranks if cp is None else cp
+    if cp < 1 or ranks % cp:
+        raise ValueError(f"cp is {cp}; allowed: a divisor of the run's {ranks} ranks")
+    if ulysses < 1 or cp % ulysses:
+        raise ValueError(f"ulysses is {ulysses}; allowed: a divisor of cp={cp}")
+    return cp
 
 
 def leave(mesh: Mesh) -> None:
@@ -185,6 +191,19 @@ def _all_failed(mesh: Mesh, store: dist.Store) -> bool:
     except RuntimeError:  # too late, or the process that keeps the store is gone
         return False
     return True
+
+
+def node_axis(mesh: Mesh, *, timeout_minutes: float) -> Axis | None:
+    """The ranks that one torchrun started; None if there is one only, or one rank in each."""
+    node = int(os.environ.get("GROUP_RANK", 0))
+    nodes = gather_objects(node, mesh.group)
+    members = [[rank for rank, own in enumerate(nodes) if own == n] for n in sorted(set(nodes))]
+    if len(members) == 1 or max(map(len, members)) == 1:
+        return None
+    timeout = timedelta(minutes=timeout_minutes)
+    group, _ = dist.new_subgroups_by_enumeration(members, timeout=timeout)
+    assert group is not None
+    return Axis(group, dist.get_rank(group), dist.get_world_size(group), Traffic())
 
 
 def _axes(ranks: torch.Tensor, device: torch.device, timeout: timedelta) -> dict[str, Axis]:

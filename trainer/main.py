@@ -5,6 +5,7 @@ signal, behind a complete checkpoint.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -30,6 +31,7 @@ from parallel import mesh as meshes
 from parallel.collectives import LostRankError
 from trainer.auto_parallel import resolve_parallel
 from trainer.build import build_mesh, build_trainer
+from trainer.check import check_run
 from trainer.checkpoint.convert import convert as write_weights
 from trainer.checkpoint.weights import open_weights
 from trainer.console import configure_logging, log, log_to_file
@@ -40,6 +42,7 @@ from trainer.generation import write_text
 from trainer.run_folder import session, write_whole
 from trainer.settings import Settings, Start
 from trainer.signals import EXIT_STOPPED, StopSignals, end_with_launcher
+from trainer.slurm import job as slurm
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -86,6 +89,12 @@ def verbatim(argument: str) -> str:
         return argument
     text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # no interpolation
     return f"prompt={QuotedString(text, Quote.single).with_quotes()}"
+
+
+def quoted(path: str) -> str:
+    """A path as the value of an override, which Hydra reads as nothing else."""
+    harmless = "/" in path and re.fullmatch(r"[\w./-]+", path)
+    return path if harmless else QuotedString(path, Quote.single).with_quotes()
 
 
 def check_choices(arguments: list[str]) -> None:
@@ -147,8 +156,7 @@ def train(config: dict[str, Any]) -> None:
     Raises SystemExit where a signal ended it before that, and behind a job of a sweep during which
     one came, as no other is to follow.
     """
-    start: Start = call(Start, {key: config[key] for key in ("run_dir", "resume", "init_from")}, "")
-    run_dir = Path(start.run_dir or Path("runs", str(config["model"]["name"])), job_folder())
+    run_dir = choose_run_dir(config)
     config["run_dir"] = str(run_dir)
     settings: Settings = call(Settings, config["trainer"], "trainer")
     config["parallel"], reasons = resolve_parallel(config)
@@ -183,6 +191,30 @@ def train(config: dict[str, Any]) -> None:
             status.ends(outcome="stopped", signal=trainer.stopped_by)
     if early or (trainer.stopped_by is not None and job_folder()):
         raise SystemExit(EXIT_STOPPED)
+
+
+def choose_run_dir(config: dict[str, Any]) -> Path:
+    """The key run_dir, or runs/<model name>; a job of a sweep has a folder below it."""
+    start: Start = call(Start, {key: config[key] for key in ("run_dir", "resume", "init_from")}, "")
+    return Path(start.run_dir or Path("runs", str(config["model"]["name"])), job_folder())
+
+
+def submit(config: dict[str, Any]) -> None:
+    """Prints the batch script of a run, checked as far as it can be, and hands it to Slurm."""
+    own = [key.name for key in dataclasses.fields(slurm.Job)]
+    job: slurm.Job = call(slurm.Job, {key: config.pop(key) for key in own}, "")
+    cluster: slurm.Cluster = call(slurm.Cluster, config.pop("cluster"), "cluster")
+    run_dir = choose_run_dir(config)
+    check_run(config, nodes=job.nodes, node_ranks=job.node_ranks, files=cluster.container is None)
+    kept_here = {*own, "cluster", "run_dir"}
+    given = HydraConfig.get().overrides.task
+    train = [x for x in given if re.split(r"[.=@]", x.lstrip("+~"))[0] not in kept_here]
+    train.append(f"run_dir={quoted(str(run_dir))}")
+    name = "-".join(run_dir.parts[-2:] if job_folder() else run_dir.parts[-1:])
+    script = slurm.render(job, cluster, name=name, run_dir=run_dir, train=train)
+    print(script)
+    if not job.dry_run:
+        print(f"submitted job {slurm.submit(script, run_dir)}: {run_dir}")
 
 
 def evaluate(config: dict[str, Any]) -> None:
