@@ -204,9 +204,9 @@ class Harness:
         folder = CheckpointFolder(self._run_dir / "checkpoints")
         newest = CheckpointStore(folder.path).resolve("auto")
         steps = folder.steps()
-        if steps and newest != steps[max(steps)]:
-            raise Broken(f"{folder.path}: {max(steps)} is there, {newest} would be taken")
-        return max(steps, default=0)
+        if steps and newest != folder.checkpoint(steps[-1]):
+            raise Broken(f"{folder.path}: {steps[-1]} is there, {newest} would be taken")
+        return steps[-1] if steps else 0
 
     def _check_end(self) -> None:
         """Records and state are those of the uninterrupted run, to the bit."""

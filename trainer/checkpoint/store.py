@@ -10,6 +10,7 @@ engine and number of ranks may change between runs.
 import io
 import json
 import logging
+import math
 import threading
 from concurrent.futures import Future, wait
 from pathlib import Path
@@ -133,7 +134,7 @@ class CheckpointStore:
         if resume == "none":
             return None
         if resume == "auto":
-            return self._newest(self._files)
+            return self.newest()
         path = Path(resume).expanduser()
         if STEP.fullmatch(path.name):
             self._verify(path)
@@ -145,6 +146,11 @@ class CheckpointStore:
                 "a checkpoint step_00000100 or of a run_dir that has one"
             )
         return newest
+
+    def newest(self, *, last_step: float = math.inf) -> Path | None:
+        """As `resolve("auto")`, of those at `last_step` or before."""
+        self.drain()
+        return self._newest(self._files, last_step)
 
     def reader(self, path: Path) -> CheckpointReader:
         """Of a checkpoint that `resolve` gave; nothing is being saved any more."""
@@ -181,9 +187,11 @@ class CheckpointStore:
         self._ranks.together(copy)
         return copies[0]
 
-    def _newest(self, files: CheckpointFolder) -> Path | None:
-        names = self._ranks.first(lambda: [path.name for path in files.candidates()])
-        for path in (files.path / name for name in names):
+    def _newest(self, files: CheckpointFolder, last_step: float = math.inf) -> Path | None:
+        for step in self._ranks.first(files.candidates):
+            path = files.checkpoint(step)
+            if step > last_step:
+                continue
             try:
                 self._verify(path)
             except ConfigError as error:
