@@ -5,6 +5,7 @@ import multiprocessing
 import random
 import shutil
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -81,6 +82,7 @@ class Harness:
         for trial, (background, point) in enumerate(self._plan(trials)):
             if trial % KILLS_PER_RUN == 0:
                 self._renew()
+                print(f"{trial} kills", file=sys.stderr, flush=True)
             options = {"background": background, "keep": self._random.choice([1, 2])}
             self._config["checkpoint"] |= options
             misses = 0

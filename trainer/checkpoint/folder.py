@@ -5,6 +5,7 @@ step_00000100/    a checkpoint, there as a whole or not at all
 latest            the name of the checkpoint published last, replaced in one piece
 """
 
+import errno
 import logging
 import math
 import re
@@ -42,10 +43,18 @@ class CheckpointFolder:
     def draft(self, step: int) -> Path:
         return self.path / f".step_{step:08}"
 
-    def reserve(self, step: int) -> None:
-        """Makes an empty draft, and sweeps away those that were left."""
+    def reserve(self, step: int, needed: int) -> None:
+        """Makes an empty draft, and sweeps away those that were left.
+
+        Raises OSError without as many free bytes as are needed: filling the disk would also end
+        what else is written there.
+        """
         self.sweep()
         self.draft(step).mkdir(parents=True)
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            reason = f"{needed / 2**30:.2f} GiB needed, {free / 2**30:.2f} free"
+            raise OSError(errno.ENOSPC, reason, str(self.path))
 
     def sweep(self) -> None:
         for left in self.path.glob(".step_*"):
