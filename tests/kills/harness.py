@@ -5,6 +5,7 @@ import multiprocessing
 import random
 import shutil
 import signal
+import statistics
 import sys
 import time
 from collections import Counter
@@ -70,10 +71,9 @@ class Harness:
         options = [*small, f"trainer.steps={STEPS}", f"checkpoint.every={EVERY}"]
         self._config = tiny_config(folder, *options, *overrides)
         self._run_dir = folder / "reference"
-        start = time.monotonic()
         self._start(None)
-        self._span = time.monotonic() - start
         self._reference = _records(self._run_dir)
+        self._step_seconds = statistics.median(record["seconds"] for record in self._reference)
         self._end = _tensors(self._run_dir)
         self._run_dir = folder / "run"
 
@@ -115,13 +115,13 @@ class Harness:
 
     def _kill(self, point: str) -> Kill:
         everyone = tuple(range(self.ranks))
-        shard = point == "shard"
+        most = {"shard": 100, RANDOM: STEPS - 2 * EVERY}.get(point, 2)
         return Kill(
             point,
             victims=self._random.choice([everyone, (self._random.choice(everyone),)]),
-            actor=self._random.choice(everyone) if shard else 0,
-            occurrence=self._random.randint(2, 100) if shard else self._random.randint(1, 2),
-            delay=self._random.uniform(0, self._span / 4),
+            actor=self._random.choice(everyone) if point == "shard" else 0,
+            occurrence=self._random.randint(1, most),
+            delay=self._random.uniform(0, 2 * self._step_seconds),
         )
 
     def _trial(self, background: bool, kill: Kill) -> bool:
@@ -154,7 +154,7 @@ class Harness:
         for process in processes:
             process.start()
         try:
-            struck = self._await(processes, folder, kill)
+            struck = self._await(processes, folder, kill, newest)
         finally:
             for process in processes:
                 process.kill()
@@ -170,12 +170,14 @@ class Harness:
             self.report.slowest_end = max(self.report.slowest_end, time.monotonic() - struck)
         return struck is not None
 
-    def _await(self, processes: list[BaseProcess], folder: Path, kill: Kill | None) -> float | None:
-        """Until all have ended; -> when they were struck, if they were."""
+    def _await(
+        self, processes: list[BaseProcess], folder: Path, kill: Kill | None, first: int
+    ) -> float | None:
+        """Until all, which go on from step `first`, have ended; -> when they were struck, if so."""
         deadline = time.monotonic() + PATIENCE
         struck = None
         if kill is not None and kill.point == RANDOM:
-            struck = self._strike_at_random(processes, kill)
+            struck = self._strike_at_random(processes, folder, kill, first + kill.occurrence)
         while any(process.is_alive() for process in processes):
             if time.monotonic() > deadline:
                 raise Broken(f"{folder}: hangs; {kill}")
@@ -186,12 +188,13 @@ class Harness:
             self.report.random_in_save += any((self._run_dir / "checkpoints").glob(".step_*"))
         return time.monotonic() if struck is None and (folder / "landed").exists() else struck
 
-    def _strike_at_random(self, processes: list[BaseProcess], kill: Kill) -> float | None:
-        """-> when; None if the ranks have ended before."""
-        metrics = self._run_dir / "metrics.jsonl"
-        before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+    def _strike_at_random(
+        self, processes: list[BaseProcess], folder: Path, kill: Kill, last: int
+    ) -> float | None:
+        """Behind the record of step `last`; -> when; None if the ranks have ended before."""
+        resumed = folder / "resumed0"  # later records are cut by then
         while all(process.is_alive() for process in processes):
-            if metrics.exists() and metrics.stat().st_mtime_ns != before:
+            if resumed.exists() and len(_records(self._run_dir)) >= last:
                 break
             time.sleep(0.002)
         time.sleep(kill.delay)
