@@ -28,13 +28,14 @@ RANDOM = "random"  # from outside, at any time
 
 @dataclass(frozen=True)
 class Kill:
-    """occurrence: how often rank `actor` gets to the point before it kills the victims."""
+    """occurrence: how often rank `actor` gets to the point before it kills the victims; of RANDOM
+    how many steps are recorded before."""
 
     point: str
     victims: tuple[int, ...]
     actor: int = 0
     occurrence: int = 1
-    delay: float = 0.0  # RANDOM: seconds behind the first step
+    delay: float = 0.0  # RANDOM: seconds behind the last of these
 
 
 def run(folder: Path, rank: int, ranks: int, config: dict[str, Any], kill: Kill | None) -> None:

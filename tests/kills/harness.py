@@ -5,6 +5,8 @@ import multiprocessing
 import random
 import shutil
 import signal
+import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -69,10 +71,9 @@ class Harness:
         options = [*small, f"trainer.steps={STEPS}", f"checkpoint.every={EVERY}"]
         self._config = tiny_config(folder, *options, *overrides)
         self._run_dir = folder / "reference"
-        start = time.monotonic()
         self._start(None)
-        self._span = time.monotonic() - start
         self._reference = _records(self._run_dir)
+        self._step_seconds = statistics.median(record["seconds"] for record in self._reference)
         self._end = _tensors(self._run_dir)
         self._run_dir = folder / "run"
 
@@ -81,6 +82,7 @@ class Harness:
         for trial, (background, point) in enumerate(self._plan(trials)):
             if trial % KILLS_PER_RUN == 0:
                 self._renew()
+                print(f"{trial} kills", file=sys.stderr, flush=True)
             options = {"background": background, "keep": self._random.choice([1, 2])}
             self._config["checkpoint"] |= options
             misses = 0
@@ -113,13 +115,13 @@ class Harness:
 
     def _kill(self, point: str) -> Kill:
         everyone = tuple(range(self.ranks))
-        shard = point == "shard"
+        most = {"shard": 100, RANDOM: STEPS - 2 * EVERY}.get(point, 2)
         return Kill(
             point,
             victims=self._random.choice([everyone, (self._random.choice(everyone),)]),
-            actor=self._random.choice(everyone) if shard else 0,
-            occurrence=self._random.randint(2, 100) if shard else self._random.randint(1, 2),
-            delay=self._random.uniform(0, self._span / 4),
+            actor=self._random.choice(everyone) if point == "shard" else 0,
+            occurrence=self._random.randint(1, most),
+            delay=self._random.uniform(0, 2 * self._step_seconds),
         )
 
     def _trial(self, background: bool, kill: Kill) -> bool:
@@ -152,7 +154,7 @@ class Harness:
         for process in processes:
             process.start()
         try:
-            struck = self._await(processes, folder, kill)
+            struck = self._await(processes, folder, kill, newest)
         finally:
             for process in processes:
                 process.kill()
@@ -168,12 +170,14 @@ class Harness:
             self.report.slowest_end = max(self.report.slowest_end, time.monotonic() - struck)
         return struck is not None
 
-    def _await(self, processes: list[BaseProcess], folder: Path, kill: Kill | None) -> float | None:
-        """Until all have ended; -> when they were struck, if they were."""
+    def _await(
+        self, processes: list[BaseProcess], folder: Path, kill: Kill | None, first: int
+    ) -> float | None:
+        """Until all, which go on from step `first`, have ended; -> when they were struck, if so."""
         deadline = time.monotonic() + PATIENCE
         struck = None
         if kill is not None and kill.point == RANDOM:
-            struck = self._strike_at_random(processes, kill)
+            struck = self._strike_at_random(processes, folder, kill, first + kill.occurrence)
         while any(process.is_alive() for process in processes):
             if time.monotonic() > deadline:
                 raise Broken(f"{folder}: hangs; {kill}")
@@ -184,12 +188,13 @@ class Harness:
             self.report.random_in_save += any((self._run_dir / "checkpoints").glob(".step_*"))
         return time.monotonic() if struck is None and (folder / "landed").exists() else struck
 
-    def _strike_at_random(self, processes: list[BaseProcess], kill: Kill) -> float | None:
-        """-> when; None if the ranks have ended before."""
-        metrics = self._run_dir / "metrics.jsonl"
-        before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+    def _strike_at_random(
+        self, processes: list[BaseProcess], folder: Path, kill: Kill, last: int
+    ) -> float | None:
+        """Behind the record of step `last`; -> when; None if the ranks have ended before."""
+        resumed = folder / "resumed0"  # later records are cut by then
         while all(process.is_alive() for process in processes):
-            if metrics.exists() and metrics.stat().st_mtime_ns != before:
+            if resumed.exists() and len(_records(self._run_dir)) >= last:
                 break
             time.sleep(0.002)
         time.sleep(kill.delay)
@@ -204,9 +209,9 @@ class Harness:
         folder = CheckpointFolder(self._run_dir / "checkpoints")
         newest = CheckpointStore(folder.path).resolve("auto")
         steps = folder.steps()
-        if steps and newest != steps[max(steps)]:
-            raise Broken(f"{folder.path}: {max(steps)} is there, {newest} would be taken")
-        return max(steps, default=0)
+        if steps and newest != folder.checkpoint(steps[-1]):
+            raise Broken(f"{folder.path}: {steps[-1]} is there, {newest} would be taken")
+        return steps[-1] if steps else 0
 
     def _check_end(self) -> None:
         """Records and state are those of the uninterrupted run, to the bit."""

@@ -5,6 +5,7 @@ step_00000100/    a checkpoint, there as a whole or not at all
 latest            the name of the checkpoint published last, replaced in one piece
 """
 
+import errno
 import logging
 import math
 import re
@@ -36,13 +37,24 @@ class CheckpointFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def checkpoint(self, step: int) -> Path:
+        return self.path / f"step_{step:08}"
+
     def draft(self, step: int) -> Path:
         return self.path / f".step_{step:08}"
 
-    def reserve(self, step: int) -> None:
-        """Makes an empty draft, and sweeps away those that were left."""
+    def reserve(self, step: int, needed: int) -> None:
+        """Makes an empty draft, and sweeps away those that were left.
+
+        Raises OSError without as many free bytes as are needed: filling the disk would also end
+        what else is written there.
+        """
         self.sweep()
         self.draft(step).mkdir(parents=True)
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            reason = f"{needed / 2**30:.2f} GiB needed, {free / 2**30:.2f} free"
+            raise OSError(errno.ENOSPC, reason, str(self.path))
 
     def sweep(self) -> None:
         for left in self.path.glob(".step_*"):
@@ -58,7 +70,7 @@ class CheckpointFolder:
 
     def publish(self, step: int) -> Path:
         """Gives the draft its name."""
-        path = self.path / f"step_{step:08}"
+        path = self.checkpoint(step)
         if path.exists():  # damaged, or of a future that the run left
             path.rename(self.path / f".{path.name}.replaced")
         self.draft(step).rename(path)
@@ -77,19 +89,24 @@ class CheckpointFolder:
 
         Steps ahead of it are of a future that the run left; they stay and do not count.
         """
-        losses = {s: _fact(path, "eval_loss") for s, path in self.steps().items() if s <= step}
+        losses = {s: self._fact(s, "eval_loss") for s in self.steps() if s <= step}
         for surplus in sorted(keep.surplus(losses) - {step}):
-            path = self.steps()[surplus]
+            path = self.checkpoint(surplus)
             path.rename(self.path / f".{path.name}.pruned")  # never seen half removed
         self.sweep()
 
-    def steps(self) -> dict[int, Path]:
-        """The published checkpoints by step, in ascending order."""
-        matches = ((STEP.fullmatch(path.name), path) for path in self.path.glob("step_*"))
-        return dict(sorted((int(match[1]), path) for match, path in matches if match))
+    def steps(self) -> list[int]:
+        """Of the published checkpoints, in ascending order."""
+        matches = (STEP.fullmatch(path.name) for path in self.path.glob("step_*"))
+        return sorted(int(match[1]) for match in matches if match)
 
+<<<<<<< HEAD
     def candidates(self, last_step: float = math.inf) -> list[Path]:
         """Checkpoints up to a step to go on from, best first, their files not yet looked at.
+=======
+    def candidates(self) -> list[int]:
+        """Steps of checkpoints to go on from, best first, their files not yet looked at.
+>>>>>>> ckpt
 
         A step ahead of another that was published after it is of a future that the run left. One
         line says so of each, also of drafts and of a pointer that is not right.
@@ -104,19 +121,24 @@ class CheckpointFolder:
         if pointed is not None and numbers[pointed] < max(numbers.values()):
             log.warning("%s is behind the checkpoint published last", self.path / "latest")
         found = []
+<<<<<<< HEAD
         for step, path in reversed(self.steps().items()):
             if step > last_step:
                 continue
             own = published[step]
+=======
+        for step, own in reversed(published.items()):
+>>>>>>> ckpt
             if own is not None and any(n > own for s, n in numbers.items() if s < step):
-                log.warning("skipping checkpoint %s: the run went back behind it", path.name)
+                name = self.checkpoint(step).name
+                log.warning("skipping checkpoint %s: the run went back behind it", name)
             else:
-                found.append(path)
+                found.append(step)
         return found
 
     def _published(self) -> dict[int, int | None]:
         """How many were published before each step, itself included; None if unreadable."""
-        return {step: _fact(path, "number") for step, path in self.steps().items()}
+        return {step: self._fact(step, "number") for step in self.steps()}
 
     def _pointed(self) -> int | None:
         """The step that `latest` names, None if there is no such checkpoint."""
@@ -132,9 +154,8 @@ class CheckpointFolder:
         log.warning("%s is damaged: it names no checkpoint that is there", pointer)
         return None
 
-
-def _fact(path: Path, name: str) -> Any:
-    try:
-        return read_manifest(path)[name]
-    except (ConfigError, KeyError):
-        return None
+    def _fact(self, step: int, name: str) -> Any:
+        try:
+            return read_manifest(self.checkpoint(step))[name]
+        except (ConfigError, KeyError):
+            return None

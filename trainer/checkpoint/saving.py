@@ -14,7 +14,7 @@ from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.keep import Keep
 from trainer.checkpoint.manifest import Files
 from trainer.checkpoint.ranks import Ranks
-from trainer.checkpoint.shards import write_shards, write_side_files
+from trainer.checkpoint.shards import local_bytes, write_shards, write_side_files
 from trainer.engine import State
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,8 @@ class Save:
         on any; RuntimeError for any other. What is published stays untouched then.
         """
         try:
-            ranks.first(lambda: folder.reserve(self.step))
+            needed = sum(ranks.together(lambda: local_bytes(state)))
+            ranks.first(lambda: folder.reserve(self.step, needed))
             written = ranks.together(lambda: self._write(state, folder.draft(self.step), ranks))
             files = {name: facts for rank in written for name, facts in rank.items()}
             path = ranks.first(lambda: self._publish(folder, files, ranks))

@@ -44,6 +44,12 @@ def write_shards(folder: Path, state: State, ranks: Ranks) -> Files:
     return {name: fingerprint(folder / name) for name in names + [INDEX] * (ranks.rank == 0)}
 
 
+def local_bytes(state: State) -> int:
+    """Of the tensors, or of the shards of them that are here."""
+    tensors = (x for values in state.values() for x in values.values())
+    return sum((x.to_local() if isinstance(x, DTensor) else x).nbytes for x in tensors)
+
+
 def write_side_files(folder: Path, files: Mapping[str, bytes]) -> Files:
     """What is kept beside the tensors; -> fingerprints."""
     for name, data in files.items():

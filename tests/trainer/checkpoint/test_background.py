@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import shutil
 import threading
 from types import SimpleNamespace
 
@@ -143,6 +144,19 @@ def test_a_full_disk_at_any_phase_ends_the_save_alone(
     assert store.resolve("auto").name == left[-1]
     save(store, 3)
     assert names(store) == ["latest", "step_00000003"]
+
+
+@BOTH
+def test_a_save_that_cannot_fit_is_not_begun(tmp_path, caplog, monkeypatch, background):
+    store = CheckpointStore(tmp_path, background=background)
+    save(store, 1)
+    free = SimpleNamespace(free=2**20)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: free)
+        assert save(store, 2, make_state(2.0, rows=2**17)) is None
+        assert save(store, 3) is not None
+    assert warnings(caplog) == [f"step 2 is not saved: {tmp_path}: 0.00 GiB needed, 0.00 free"]
+    assert names(store) == ["latest", "step_00000001", "step_00000003"]
 
 
 def test_a_checkpoint_counts_though_older_ones_cannot_be_removed(tmp_path, caplog, monkeypatch):

@@ -69,7 +69,9 @@ def test_auto_takes_the_newest_and_nothing_from_an_empty_folder(tmp_path):
     assert store.resolve("auto") is None
     save(store, 9)
     path = save(store, 10)
-    assert store.resolve("auto") == path
+    assert store.resolve("auto") == store.newest() == store.newest(last_step=10) == path
+    assert store.newest(last_step=9).name == "step_00000009"
+    assert store.newest(last_step=8) is None
     assert store.resolve("none") is None
 
 
