@@ -318,7 +318,7 @@ class Trainer:
         """To a checkpoint; the data goes on behind the batch that was just seen."""
         limit = self.step + 1 - self.guard.rollback_steps
         read, rollbacks = self._read, self.guard.rollbacks + 1
-        checkpoint = self.store.newest(limit)
+        checkpoint = self.store.newest(last_step=limit)
         if checkpoint is None:
             raise TrainingError(
                 f"step {self.step + 1}: no checkpoint to go back to at step {limit} or before"
