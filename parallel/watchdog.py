@@ -105,7 +105,7 @@ class Watchdog:
             try:
                 table = self._exchange()
             except RuntimeError:
-                self._group = None  # closes the connections, so that the others learn at once
+                _within(POLL_SECONDS, self._hang_up)  # the others notice by that
                 silent = time.monotonic() - start > self.lost_seconds / 2
                 reason = self._missing(silent)
             else:
@@ -135,13 +135,18 @@ class Watchdog:
         """
         start, listening = time.monotonic(), True
         while not work.is_completed():
-            time.sleep(POLL_SECONDS)
-            if listening and time.monotonic() - start > BEAT_SECONDS + POLL_SECONDS:
+            late = time.monotonic() - start > BEAT_SECONDS
+            time.sleep(BEAT_SECONDS if late else POLL_SECONDS)
+            if late and listening:
                 called = _within(ROLL_CALL_SECONDS, lambda: self._store.check(["alive"]))
                 listening = called is not None
                 if called:
                     raise RuntimeError("another rank calls the roll")
         work.wait()
+
+    def _hang_up(self) -> None:
+        """Closes the connections; may wait for a message that is under way."""
+        self._group = None
 
     def _overdue(self) -> bool:
         if self.hang_seconds is None or self._leaving.is_set():
@@ -202,7 +207,8 @@ class Watchdog:
         self._reason = reason
         self._ended.set()
         time.sleep(GRACE_SECONDS)
-        print(f"error: rank {self.rank}: {reason}", file=sys.stderr, flush=True)
+        line = f"error: rank {self.rank}: {reason}"
+        _within(WRITE_SECONDS, lambda: print(line, file=sys.stderr, flush=True))
         _within(WRITE_SECONDS, lambda: self.last_words(reason))
         os._exit(1)
 

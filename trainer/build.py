@@ -173,7 +173,6 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
     saving: Saving = call(Saving, config["checkpoint"], "checkpoint")
     evaluation: Evaluation = call(Evaluation, config["eval"], "eval")
     parallelism: Parallelism = call(Parallelism, config["parallel"], "parallel")
-    guard = build_guard(settings)
     profiling: Profiling = call(Profiling, settings.profile, "trainer.profile")
     kept = settings.keep_heap and keep_heap()
     numerics = Numerics.choose(settings.precision, mesh.device)
@@ -208,7 +207,7 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
         eval_every=evaluation.every,
         eval_batches=evaluation.batches,
         peak_flops=peak_flops(mesh.device, numerics.precision),
-        guard=guard,
+        guard=build_guard(settings),
         bad_batches=run_dir / "bad_batches.jsonl",
     )
     facts: dict[str, Any] = {"mesh": mesh, "ops": ops, "numerics": numerics}
@@ -216,10 +215,16 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
         log.info(line)
     start_from(trainer, config)
     trainer.sinks = build_sinks(trainer, config, run_dir)
-    if profiling.steps is not None and mesh.rank in profiling.ranks:
-        where: dict[str, Any] = {"folder": run_dir / "profile", "rank": mesh.rank}
-        trainer.sinks.append(StepProfiler(steps=profiling.steps, done=trainer.step, **where))
+    trainer.sinks += build_profiler(trainer, profiling, run_dir)
     return trainer
+
+
+def build_profiler(trainer: Trainer, profiling: Profiling, run_dir: Path) -> list[Sink]:
+    """On the ranks that are to write a profile, if there is to be one."""
+    rank, steps = trainer.mesh.rank, profiling.steps
+    if steps is None or rank not in profiling.ranks:
+        return []
+    return [StepProfiler(folder=run_dir / "profile", steps=steps, rank=rank, done=trainer.step)]
 
 
 def build_guard(settings: Settings) -> Guard:

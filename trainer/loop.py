@@ -133,13 +133,7 @@ class Trainer:
             self._ahead = ahead
             return None
         self._ahead, self._read = self._reader.submit(self._prepare), read
-        losses = []
-        for i, batch in enumerate(batches, start=1):
-            self.beat(self.step)
-            last = i == len(batches)
-            batch = batch.to(self.mesh.device)
-            losses.append(self.engine.accumulate(batch, 1 / max(labels, 1), last=last))
-        local = torch.stack(losses).double()
+        local = self._accumulate(batches, labels)
         loss = float(sum_over_ranks(local.sum(), self.mesh.group)) / max(labels, 1)
         norm = self.engine.clip_grad_norm(self.grad_clip)
         fault = self.guard.judge(loss, norm)
@@ -156,17 +150,17 @@ class Trainer:
             self.engine.step(rate)
             self._balance_experts()
         seconds = time.perf_counter() - start
+<<<<<<< HEAD
         flops = 3 * tokens * self.blueprint.flops_per_token(context / max(tokens, 1))
         achieved = flops / seconds / self.mesh.ranks
+=======
+>>>>>>> health
         record: Record = {
             "step": self.step,
             "loss": _finite(loss),
             "grad_norm": _finite(norm),
             "lr": rate,
-            "tokens": labels,
-            "tokens_per_second": labels / seconds,
-            "tflops_per_device": achieved / 1e12,
-            "mfu": None if self.peak_flops is None else achieved / self.peak_flops,
+            **self._speed(labels, tokens, context, seconds),
             "peak_memory_gib": peak_memory_gib(self.mesh.device),
             "seconds": seconds,
             "epoch": epoch,
@@ -179,6 +173,26 @@ class Trainer:
             received = torch.tensor(self.mesh.context.traffic.take().total())
             record["comm_bytes"] = int(max_over_ranks(received, self.mesh.group))
         return record
+
+    def _accumulate(self, batches: list[Batch], labels: int) -> Tensor:
+        """[micro-batches], the loss sum of each."""
+        losses = []
+        for i, batch in enumerate(batches, start=1):
+            self.beat(self.step)
+            last = i == len(batches)
+            batch = batch.to(self.mesh.device)
+            losses.append(self.engine.accumulate(batch, 1 / max(labels, 1), last=last))
+        return torch.stack(losses).double()
+
+    def _speed(self, labels: int, tokens: int, context: int, seconds: float) -> Record:
+        flops = 3 * tokens * self.model.flops_per_token(context / max(tokens, 1))
+        achieved = flops / seconds / self.mesh.ranks
+        return {
+            "tokens": labels,
+            "tokens_per_second": labels / seconds,
+            "tflops_per_device": achieved / 1e12,
+            "mfu": None if self.peak_flops is None else achieved / self.peak_flops,
+        }
 
     def _add_held_out_loss(self, record: Record) -> None:
         loss = self.evaluate()
@@ -328,6 +342,8 @@ class Trainer:
         self.stream.restore(read)
         self._read, self.guard.rollbacks = read, rollbacks
         self._saved = None  # its data goes on elsewhere
+        if self.mesh.context is not None:
+            self.mesh.context.traffic.take()
         log.warning("went back to %s; the data goes on behind the batch", checkpoint.name)
 
 
