@@ -150,11 +150,6 @@ class Trainer:
             self.engine.step(rate)
             self._balance_experts()
         seconds = time.perf_counter() - start
-<<<<<<< HEAD
-        flops = 3 * tokens * self.blueprint.flops_per_token(context / max(tokens, 1))
-        achieved = flops / seconds / self.mesh.ranks
-=======
->>>>>>> health
         record: Record = {
             "step": self.step,
             "loss": _finite(loss),
@@ -185,7 +180,7 @@ class Trainer:
         return torch.stack(losses).double()
 
     def _speed(self, labels: int, tokens: int, context: int, seconds: float) -> Record:
-        flops = 3 * tokens * self.model.flops_per_token(context / max(tokens, 1))
+        flops = 3 * tokens * self.blueprint.flops_per_token(context / max(tokens, 1))
         achieved = flops / seconds / self.mesh.ranks
         return {
             "tokens": labels,

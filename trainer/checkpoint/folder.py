@@ -100,13 +100,8 @@ class CheckpointFolder:
         matches = (STEP.fullmatch(path.name) for path in self.path.glob("step_*"))
         return sorted(int(match[1]) for match in matches if match)
 
-<<<<<<< HEAD
-    def candidates(self, last_step: float = math.inf) -> list[Path]:
-        """Checkpoints up to a step to go on from, best first, their files not yet looked at.
-=======
     def candidates(self) -> list[int]:
         """Steps of checkpoints to go on from, best first, their files not yet looked at.
->>>>>>> ckpt
 
         A step ahead of another that was published after it is of a future that the run left. One
         line says so of each, also of drafts and of a pointer that is not right.
@@ -121,14 +116,7 @@ class CheckpointFolder:
         if pointed is not None and numbers[pointed] < max(numbers.values()):
             log.warning("%s is behind the checkpoint published last", self.path / "latest")
         found = []
-<<<<<<< HEAD
-        for step, path in reversed(self.steps().items()):
-            if step > last_step:
-                continue
-            own = published[step]
-=======
         for step, own in reversed(published.items()):
->>>>>>> ckpt
             if own is not None and any(n > own for s, n in numbers.items() if s < step):
                 name = self.checkpoint(step).name
                 log.warning("skipping checkpoint %s: the run went back behind it", name)

@@ -147,13 +147,8 @@ class CheckpointStore:
             )
         return newest
 
-<<<<<<< HEAD
-    def newest(self, last_step: int) -> Path | None:
-        """The newest whole checkpoint of `last_step` or before, as `resolve` would take it."""
-=======
     def newest(self, *, last_step: float = math.inf) -> Path | None:
         """As `resolve("auto")`, of those at `last_step` or before."""
->>>>>>> ckpt
         self.drain()
         return self._newest(self._files, last_step)
 
@@ -193,15 +188,10 @@ class CheckpointStore:
         return copies[0]
 
     def _newest(self, files: CheckpointFolder, last_step: float = math.inf) -> Path | None:
-<<<<<<< HEAD
-        names = self._ranks.first(lambda: [path.name for path in files.candidates(last_step)])
-        for path in (files.path / name for name in names):
-=======
         for step in self._ranks.first(files.candidates):
             path = files.checkpoint(step)
             if step > last_step:
                 continue
->>>>>>> ckpt
             try:
                 self._verify(path)
             except ConfigError as error:
