@@ -36,6 +36,10 @@ NAMED = 8  # ranks in a line
 _LEAVING, _OVERDUE, _BEATS, _STEP = range(4)  # columns of the heartbeat, a row per rank
 
 
+class _RollCalledError(RuntimeError):
+    """Another rank has noticed first."""
+
+
 class Watchdog:
     """Of one rank; alone, where there is no store, it only sees its own main thread stand still.
 
@@ -101,20 +105,24 @@ class Watchdog:
     def _watch(self) -> None:
         reason = None
         while reason is None:
-            start = time.monotonic()
+            start, wait = time.monotonic(), 0.0
             try:
                 table = self._exchange()
+            except _RollCalledError:
+                wait = BEAT_SECONDS  # the others have waited since
             except RuntimeError:
-                _within(POLL_SECONDS, self._hang_up)  # the others notice by that
+                wait = ROLL_CALL_SECONDS
+            if wait:  # behind the exception, which holds on to the connections
+                _within(POLL_SECONDS, self._hang_up)
                 silent = time.monotonic() - start > self.lost_seconds / 2
-                reason = self._missing(silent)
-            else:
-                if table[:, _LEAVING].all():
-                    return
-                if table[:, _OVERDUE].any():
-                    _within(WRITE_SECONDS, self._write_down)
-                    reason = self._standstill(table)
-                self._leaving.wait(BEAT_SECONDS)
+                reason = self._missing(silent, wait)
+                continue
+            if table[:, _LEAVING].all():
+                return
+            if table[:, _OVERDUE].any():
+                _within(WRITE_SECONDS, self._write_down)
+                reason = self._standstill(table)
+            self._leaving.wait(BEAT_SECONDS)
         self._end(reason)
 
     def _exchange(self) -> Tensor:
@@ -128,7 +136,7 @@ class Watchdog:
         return table
 
     def _await(self, work: dist.Work) -> None:
-        """Raises RuntimeError where the message cannot come, or another rank calls the roll.
+        """Raises RuntimeError where the message cannot come, _RollCalledError where another knows.
 
         In a large group only neighbours notice at once, the others are told through the store. Of
         that it is not expected to answer: it may be what was lost.
@@ -141,11 +149,11 @@ class Watchdog:
                 called = _within(ROLL_CALL_SECONDS, lambda: self._store.check(["alive"]))
                 listening = called is not None
                 if called:
-                    raise RuntimeError("another rank calls the roll")
+                    raise _RollCalledError
         work.wait()
 
     def _hang_up(self) -> None:
-        """Closes the connections; may wait for a message that is under way."""
+        """Closes the connections, by which the others notice; may wait for a message under way."""
         self._group = None
 
     def _overdue(self) -> bool:
@@ -154,9 +162,9 @@ class Watchdog:
         bound = self.hang_seconds * (1 if self._warm else WARM_UP)
         return time.monotonic() - self._beaten > bound
 
-    def _missing(self, silent: bool) -> str:
+    def _missing(self, silent: bool, wait: float) -> str:
         how = f"silent for {self.lost_seconds:g} s" if silent else "its process ended"
-        heard = _within(3 * ROLL_CALL_SECONDS, self._call_roll)
+        heard = _within(3 * ROLL_CALL_SECONDS, lambda: self._call_roll(wait))
         if heard is None:
             return f"lost other ranks, {how}; nor can the store be reached that all met in"
         alive, causes = heard
@@ -166,10 +174,10 @@ class Watchdog:
         told = [f"; rank {rank}: {cause}" for rank, cause in causes if rank in lost]
         return f"lost {self._names(lost)}: {how}{''.join(told[:NAMED])}"
 
-    def _call_roll(self) -> tuple[set[int], list[tuple[int, str]]]:
-        """-> the ranks that answer, and what any rank told."""
+    def _call_roll(self, wait: float) -> tuple[set[int], list[tuple[int, str]]]:
+        """-> the ranks that answer within `wait` seconds, and what any rank told."""
         self._store.append("alive", f"{self.rank} ")
-        time.sleep(ROLL_CALL_SECONDS)
+        time.sleep(wait)
         alive = set(map(int, self._store.get("alive").split()))
         causes = self._store.get("causes") if self._store.check(["causes"]) else b""
         return alive, [tuple(json.loads(line)) for line in causes.splitlines()]

@@ -170,9 +170,8 @@ def train(config: dict[str, Any]) -> None:
             hang_seconds=settings.hang_seconds,
             folder=run_dir,
         ) as watchdog,
-        session(run_dir, mesh) as status,
+        session(run_dir, mesh, watchdog) as status,
     ):
-        watchdog.last_words = status.fail
         if mesh.main:
             log_to_file(run_dir / "train.log")
         if status.left:

@@ -8,8 +8,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from parallel.collectives import barrier
+from parallel.collectives import LostRankError, barrier
 from parallel.mesh import Mesh
+from parallel.watchdog import Watchdog
 from trainer.errors import ConfigError
 
 LOCK_SECONDS = 30.0  # time for the run before a restart to end
@@ -72,15 +73,23 @@ class Status:
 
 
 @contextlib.contextmanager
-def session(run_dir: Path, mesh: Mesh) -> Iterator[Status]:
-    """The main process holds the folder and leaves the outcome there; the others wait for it."""
+def session(run_dir: Path, mesh: Mesh, watchdog: Watchdog | None = None) -> Iterator[Status]:
+    """The main process holds the folder and leaves the outcome there; the others wait for it.
+
+    The watchdog leaves there what it ends the run for.
+    """
     with hold(run_dir) if mesh.main else contextlib.nullcontext():
         barrier(mesh.group)
         status = Status(run_dir if mesh.main else None)
+        if watchdog is not None:
+            watchdog.last_words = status.fail
         try:
             yield status
         except BaseException as error:
-            status.fail(str(error) or type(error).__name__)
+            reason = str(error) or type(error).__name__
+            if isinstance(error, LostRankError) and watchdog is not None:
+                reason = watchdog.reason(reason)
+            status.fail(reason)
             raise
         status.finish()
 

@@ -85,7 +85,7 @@ STOPPED = {  # job -> its options, its faults, its last step, its signal
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """Each job of STOPPED, and once more to its end, where it stopped in a step."""
+    """Each job of STOPPED, and once more to its end, where it stopped in a step; other jobs."""
     folder = tmp_path_factory.mktemp("stopped")
     jobs = {"whole": job(folder, "whole")}
     for name, (more, faults, _, _) in STOPPED.items():
@@ -94,9 +94,10 @@ def stopped(tmp_path_factory):
     nan = [[1, "LanguageModelLoss", "forward", 8, "nan"]]  # of two a step
     jobs["skip"] = job(folder, "skip", "trainer.nonfinite=skip", faults=nan)
     jobs["rollback"] = job(folder, "rollback", *ROLLBACK, faults=nan)
+    jobs["killed"] = job(folder, "killed", faults=[[1, "DDPEngine", "step", 2, "SIGKILL"]])
     launch(folder, *jobs.values()).wait(200)
     codes = {
-        name: [(folder / f"{i}.{rank}").read_text() for rank in (0, 1)]
+        name: [path.read_text() for path in sorted(folder.glob(f"{i}.?"))]
         for i, name in enumerate(jobs)
     }
     return folder, codes
@@ -142,6 +143,16 @@ def test_what_one_rank_finds_bad_no_rank_takes(stopped, name, batches):
     made = next(o for o in overrides(folder) if o.startswith("data.path"))
     data = build(folder, made).stream.data
     assert stream["epoch"] * data.rows_per_epoch(0) + stream["row"] == 4 * batches
+
+
+def test_the_launchers_signal_behind_a_death_is_no_stop_to_resume_from(stopped):
+    """torchrun sends SIGTERM to the rank that is left."""
+    folder, codes = stopped
+    assert codes["killed"] == ["1"]
+    reason = f"lost rank 1 on {HOST}: its process ended"
+    assert errors(folder) == [f"error: rank 0: {reason}"]
+    assert status(folder / "killed").items() >= {"outcome": "failed", "reason": reason}.items()
+    assert not list((folder / "killed" / "checkpoints").glob("step_*"))
 
 
 @pytest.fixture(scope="module")
