@@ -79,7 +79,9 @@ class CheckpointStore:
         The generators stay as they are where the checkpoint is of another number of ranks. Raises
         ConfigError, before anything is filled, if the checkpoint holds another model or optimiser.
         """
-        shapes = together(lambda: {s: {n: _shape(x) for n, x in v.items()} for s, v in state.items()})
+        shapes = together(
+            lambda: {s: {n: _shape(x) for n, x in v.items()} for s, v in state.items()}
+        )
         together(lambda: _check_state(path, shapes))
         with quiet():
             dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
@@ -183,8 +185,14 @@ def _write(
     return {name: fingerprint(staging / name) for name in [*names, *side]}
 
 
+def _shapes(state: State) -> dict[str, dict[str, Shape]]:
+    return {
+        section: {name: _shape(value) for name, value in values.items()}
+        for section, values in state.items()
+    }
+
+
 def _check_state(path: Path, parts: list[dict[str, dict[str, Shape]]]) -> None:
-    """parts: what each rank reads."""
     saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     for section in parts[0]:
         prefix = f"{section}."
