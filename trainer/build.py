@@ -253,13 +253,19 @@ def build_engine(
     make = functools.partial(construct, config["engine"], "engine", mesh=mesh, numerics=numerics)
     verify_gradient_factor(make, mesh)
     torch.manual_seed(settings.seed)
-    return make(
+    engine: Engine = make(
         loss=loss,
         initialise=functools.partial(
             materialise, model, device=mesh.device, dtype=numerics.parameters
         ),
         optimizer=lambda model: construct(config["optim"], "optim", model=model),
     )
+    if settings.compile and not engine.compiles:
+        raise ConfigError(
+            "trainer.compile=true: parameters that ranks fetch for their use cannot be compiled; "
+            "allowed: false, or an engine other than zero3"
+        )
+    return engine
 
 
 def build_store(

@@ -50,6 +50,7 @@ class Engine:
     """
 
     gradient_factor: float = 1.0  # undoes the engine's averaging: gradients are sums over ranks
+    compiles: bool = True  # whether layers may be compiled
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import deepspeed
 from deepspeed.ops import __compatible_ops__ as compiled_ops
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from parallel.collectives import sum_over_ranks
@@ -33,12 +34,44 @@ Device = Literal["cpu"]
 
 
 class PartitionedEngine(Engine):
-    """What an engine has to do around a `DeepSpeedEngine`, whoever made that."""
+    """config: DeepSpeed's own, of stage 1, 2 or 3; start: makes its engine of a module and an
+    optimiser. Parameters of stage 3 are shared out unit by unit, so that no rank has them all.
+    """
 
-    def adopt(self, engine: deepspeed.DeepSpeedEngine) -> None:
-        self._deepspeed = engine
-        self._partitions = Partitions(engine.optimizer)
-        self._state = OwnedState(self.model, self._partitions, self.mesh)
+    def __init__(
+        self,
+        *,
+        loss: LossModule,
+        initialise: Callable[[nn.Module], None],
+        optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+        mesh: Mesh,
+        numerics: Numerics,
+        config: dict[str, Any],
+        start: Callable[[nn.Module, torch.optim.Optimizer], deepspeed.DeepSpeedEngine],
+    ) -> None:
+        stage = config["zero_optimization"]["stage"]
+        prepare_process(mesh)
+        groups.mpu = MeshUnit(mesh)
+
+        def share(unit: nn.Module) -> None:
+            initialise(unit)
+            if stage == 3:
+                deepspeed.zero.Init(module=unit, config_dict_or_path=config)
+
+        def optimise(model: nn.Module) -> torch.optim.Optimizer:
+            with _shapes(model):
+                return optimizer(model)
+
+        super().__init__(
+            loss=loss, initialise=share, optimizer=optimise, mesh=mesh, numerics=numerics
+        )
+        self.gradient_factor = mesh.ranks if stage == 3 else mesh.data_ranks
+        self.compiles = stage < 3
+        self._deepspeed = start(loss, self.optimizer)
+        if stage == 3:
+            _forget_operations(loss)
+        self._partitions = Partitions(self._deepspeed.optimizer)
+        self._state = OwnedState(self.model, self._partitions, mesh)
 
     def accumulate(self, batch: Any, scale: float, *, last: bool) -> Tensor:
         self._deepspeed.set_gradient_accumulation_boundary(last)
@@ -54,8 +87,9 @@ class PartitionedEngine(Engine):
         gradients = self._partitions.gradients()
         squares = torch.stack([x.double().square().sum() for x in gradients]).sum()
         norm = float(sum_over_ranks(squares, self.mesh.group).sqrt())
-        for x in gradients if norm > max_norm else ():
-            x.mul_(max_norm / (norm + 1e-6))
+        share = max_norm / (norm + 1e-6)  # as torch has it for whole gradients
+        if share < 1:
+            torch._foreach_mul_(gradients, share)
         return norm
 
     def step(self, lr: float) -> None:
@@ -64,7 +98,8 @@ class PartitionedEngine(Engine):
         self._deepspeed.step()
 
     def drop(self) -> None:
-        """Drops the gradients."""
+        """Takes the place of `step`: drops the gradients, which may not be finite, and changes
+        nothing else."""
         self._partitions.drop_gradients()
 
     def assign(self, name: str, value: Tensor) -> None:
@@ -78,12 +113,11 @@ class PartitionedEngine(Engine):
 
 
 class ZeroEngine(PartitionedEngine):
-    """bucket_mb: gradients per reduction; whole_below: stage 3 leaves smaller parameters whole;
-    live_elements: how many it may hold whole at a time rather than fetch them again.
+    """bucket_mb: gradients per reduction; whole_below: elements, smaller parameters stay whole in
+    stage 3 too; live_elements: how many it keeps whole rather than fetch them again.
 
-    offload_optimizer: where the optimiser's state is and works, offload_parameters: where stage 3
-    keeps parameters, each in place of the device. Raises ConfigError for fp64 and for
-    offload_parameters in another stage.
+    offload_optimizer: where the optimiser's state is and works; offload_parameters: where stage 3
+    keeps parameters; each in place of the device. Raises ConfigError for fp64.
     """
 
     def __init__(
@@ -96,23 +130,24 @@ class ZeroEngine(PartitionedEngine):
         numerics: Numerics,
         stage: Literal[1, 2, 3],
         bucket_mb: float = 25.0,
-        whole_below: int = 100_000,
-        live_elements: int = 1_000_000_000,
         offload_optimizer: Device | None = None,
         offload_parameters: Device | None = None,
+        whole_below: int = 100_000,
+        live_elements: int = 1_000_000_000,
     ) -> None:
         if numerics.precision == "fp64":
-            raise ConfigError(f"engine=zero{stage}: DeepSpeed has no fp64; allowed: ddp, fsdp2")
-        if offload_parameters is not None and stage < 3:
             raise ConfigError(
-                f"engine.offload_parameters={offload_parameters}: stage {stage} leaves parameters "
-                "whole; allowed: null, or engine=zero3"
+                f"engine=zero{stage}: DeepSpeed has no fp64; allowed: trainer.precision=fp32 or "
+                "bf16, or engine=ddp or fsdp2"
             )
-        _prepare_process(mesh)
-        config = {
-            "train_micro_batch_size_per_gpu": 1,  # a batch is ours to count
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
+        if offload_parameters is not None and stage < 3:
+            raise ValueError(
+                f"offload_parameters is {offload_parameters}; allowed: null, as stage {stage} has "
+                "parameters whole"
+            )
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,  # ours to count
+            "zero_force_ds_cpu_optimizer": False,  # which would be compiled first
             "zero_optimization": {
                 "stage": stage,
                 "reduce_bucket_size": max(int(bucket_mb * 2**20 / 4), 1),
@@ -122,27 +157,22 @@ class ZeroEngine(PartitionedEngine):
                 **_offload(offload_optimizer=offload_optimizer, offload_param=offload_parameters),
             },
         }
-        ranks = _Ranks(mesh)
 
-        def share(unit: nn.Module) -> None:
-            initialise(unit)
-            if stage == 3:
-                deepspeed.zero.Init(module=unit, config_dict_or_path=config, mpu=ranks)
-
-        def optimize(model: nn.Module) -> torch.optim.Optimizer:
-            with _shapes(model):
-                return optimizer(model)
+        def start(module: nn.Module, optimizer: torch.optim.Optimizer) -> deepspeed.DeepSpeedEngine:
+            engine, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=config, mpu=groups.mpu
+            )
+            return engine
 
         super().__init__(
-            loss=loss, initialise=share, optimizer=optimize, mesh=mesh, numerics=numerics
+            loss=loss,
+            initialise=initialise,
+            optimizer=optimizer,
+            mesh=mesh,
+            numerics=numerics,
+            config=config,
+            start=start,
         )
-        self.gradient_factor = mesh.ranks if stage == 3 else mesh.data_ranks
-        engine, *_ = deepspeed.initialize(
-            model=loss, optimizer=self.optimizer, config=config, mpu=ranks
-        )
-        if stage == 3:
-            _forget_operations(loss)
-        self.adopt(engine)
 
 
 def _offload(**places: Device | None) -> dict[str, Any]:
@@ -154,7 +184,7 @@ def _offload(**places: Device | None) -> dict[str, Any]:
     }
 
 
-def _prepare_process(mesh: Mesh) -> None:
+def prepare_process(mesh: Mesh) -> None:
     """What DeepSpeed expects of a process: an index of its device, and a group."""
     os.environ.setdefault("LOCAL_RANK", str(mesh.device.index or 0))
     # DeepSpeed calls these by names that are deprecated from torch 2.13 on.
@@ -192,7 +222,7 @@ def _forget_operations(loss: nn.Module) -> None:
             module._forward_hooks.clear()
 
 
-class _Ranks:
+class MeshUnit:
     """The mesh as DeepSpeed asks for it: its `mpu`, of ranks that share sequences.
 
     There is no group of data ranks alone: parameters, moments and gradients are shared out over
