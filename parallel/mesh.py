@@ -36,7 +36,7 @@ class Mesh:
 
     Ranks with equal data_rank read the same rows and share their tokens over `context`, which is
     `ulysses` x `ring`; all three are None where every rank holds whole rows. They count bytes
-    together. `store` is what they met in.
+    together. `store` is what they met in; `timeout`, the longest that a message may take.
     """
 
     device: torch.device
@@ -47,6 +47,7 @@ class Mesh:
     ulysses: Axis | None = None
     ring: Axis | None = None
     store: dist.Store | None = None
+    timeout: timedelta = timedelta(minutes=30)
 
     @property
     def main(self) -> bool:
@@ -110,7 +111,9 @@ def join(*, timeout_minutes: float = 30, cp: int | None = 1, ulysses: int = 1) -
     if cp > 1:
         axes = _axes(torch.arange(ranks).view(-1, cp // ulysses, ulysses), device, timeout)
     group = dist.group.WORLD
-    return Mesh(device=device, rank=rank, ranks=ranks, group=group, store=store, **axes)
+    return Mesh(
+        device=device, rank=rank, ranks=ranks, group=group, store=store, timeout=timeout, **axes
+    )
 
 
 def leave(mesh: Mesh) -> None:
@@ -153,9 +156,21 @@ def _all_failed(mesh: Mesh, store: dist.Store) -> bool:
     return True
 
 
+def subgroup(groups: torch.Tensor, device: torch.device, timeout: timedelta) -> dist.ProcessGroup:
+    """groups: [groups, ranks], every rank of the run once; -> the one of this rank. Collective.
+
+    torch's DeviceMesh would make the same groups, but gives them no time-out of ours.
+    """
+    group, _ = dist.new_subgroups_by_enumeration(groups.tolist(), timeout=timeout)
+    assert group is not None
+    # NCCL connects a group in its first call, for which it needs all ranks; a hop of a ring may be
+    # the first, and concerns two of them only.
+    sum_over_ranks(torch.zeros(1, device=device), group)
+    return group
+
+
 def _axes(ranks: torch.Tensor, device: torch.device, timeout: timedelta) -> dict[str, Axis]:
-    """ranks: [data, ring, ulysses]. torch's DeviceMesh would make the same groups, but gives its
-    groups no other time-out than torch's default."""
+    """ranks: [data, ring, ulysses]."""
     traffic = Traffic()
     members = {
         "context": ranks.flatten(1),
@@ -164,10 +179,6 @@ def _axes(ranks: torch.Tensor, device: torch.device, timeout: timedelta) -> dict
     }
     axes = {}
     for name, groups in members.items():
-        group, _ = dist.new_subgroups_by_enumeration(groups.tolist(), timeout=timeout)
-        assert group is not None
-        # NCCL connects a group in its first call, for which it needs all ranks; a hop of a ring
-        # may be the first, and concerns two of them only.
-        sum_over_ranks(torch.zeros(1, device=device), group)
+        group = subgroup(groups, device, timeout)
         axes[name] = Axis(group, dist.get_rank(group), groups.shape[1], traffic)
     return axes

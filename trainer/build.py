@@ -204,7 +204,12 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
         eval_batches=evaluation.batches,
         peak_flops=peak_flops(mesh.device, numerics.precision),
     )
-    facts: dict[str, Any] = {"mesh": mesh, "ops": ops, "numerics": numerics}
+    facts: dict[str, Any] = {
+        "mesh": mesh,
+        "ops": ops,
+        "numerics": numerics,
+        "memory": engine.memory(),
+    }
     for line in header(config, blueprint, parallelism=parallelism, heap_kept=kept, **facts):
         log.info(line)
     start_from(trainer, config)
