@@ -86,7 +86,7 @@ def measure(mesh: Mesh, settings: Settings) -> list[Rate]:
         return rates
     everyone = Axis(mesh.group, mesh.rank, mesh.ranks, Traffic())
     rates += link_rates(everyone, mesh.device, scope="all", sizes=settings.sizes, **shared)
-    neighbours = node_axis(mesh, timeout_minutes=settings.timeout_minutes)
+    neighbours = node_axis(mesh)
     if neighbours is not None:
         rates += link_rates(neighbours, mesh.device, scope="node", sizes=settings.sizes, **shared)
     return rates

@@ -64,6 +64,22 @@ def start_sum(x: Tensor, group: dist.ProcessGroup) -> dist.Work:
     return dist.all_reduce(x, group=group, async_op=True)
 
 
+def gather_rows(
+    out: Tensor, x: Tensor, group: dist.ProcessGroup, *, async_op: bool = False
+) -> dist.Work | None:
+    """[n, ...] of every rank into `out` [ranks x n, ...], in the order of the ranks."""
+    with reaching_ranks():
+        return _all_gather(out, x, group, async_op)
+
+
+def sum_scatter_rows(
+    out: Tensor, x: Tensor, group: dist.ProcessGroup, *, async_op: bool = False
+) -> dist.Work | None:
+    """This rank's part of the sum over ranks of x [ranks x n, ...] into `out` [n, ...]."""
+    with reaching_ranks():
+        return _reduce_scatter(out, x, group=group, async_op=async_op)
+
+
 def gather_objects(item: T, group: dist.ProcessGroup | None) -> list[T]:
     """Every rank's item, in order of rank, on all of them; for small and rare things."""
     if group is None:

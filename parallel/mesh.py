@@ -39,7 +39,7 @@ class Mesh:
 
     Ranks with equal data_rank read the same rows and share their tokens over `context`, which is
     `ulysses` x `ring`; all three are None where every rank holds whole rows. They count bytes
-    together. `store` is what they met in.
+    together. `store` is what they met in; `timeout`, the longest that a message may take.
     """
 
     device: torch.device
@@ -50,6 +50,7 @@ class Mesh:
     ulysses: Axis | None = None
     ring: Axis | None = None
     store: dist.Store | None = None
+    timeout: timedelta = timedelta(minutes=30)
 
     @property
     def main(self) -> bool:
@@ -111,17 +112,15 @@ def join(*, timeout_minutes: float = 30, cp: int | None = 1, ulysses: int = 1) -
     if cp > 1:
         axes = _axes(torch.arange(ranks).view(-1, cp // ulysses, ulysses), device, timeout)
     group = dist.group.WORLD
-    return Mesh(device=device, rank=rank, ranks=ranks, group=group, store=store, **axes)
+    return Mesh(
+        device=device, rank=rank, ranks=ranks, group=group, store=store, timeout=timeout, **axes
+    )
 
 
-def host_group(mesh: Mesh, *, timeout_minutes: float) -> dist.ProcessGroup | None:
-    """Another group of all ranks, for what a thread of its own has to say on the host. Collective.
-
-    Waits like those of `join`; None for a single process.
-    """
-    if mesh.group is None:
-        return None
-    return dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+def host_group(mesh: Mesh) -> dist.ProcessGroup | None:
+    """Another group of all ranks, for what a thread of its own has to say on the host; None for a
+    single process. Collective."""
+    return None if mesh.group is None else dist.new_group(backend="gloo", timeout=mesh.timeout)
 
 
 def context_ranks(*, ranks: int, cp: int | None, ulysses: int) -> int:
@@ -193,22 +192,33 @@ def _all_failed(mesh: Mesh, store: dist.Store) -> bool:
     return True
 
 
-def node_axis(mesh: Mesh, *, timeout_minutes: float) -> Axis | None:
+def node_axis(mesh: Mesh) -> Axis | None:
     """The ranks that one torchrun started; None if there is one only, or one rank in each."""
     node = int(os.environ.get("GROUP_RANK", 0))
     nodes = gather_objects(node, mesh.group)
     members = [[rank for rank, own in enumerate(nodes) if own == n] for n in sorted(set(nodes))]
     if len(members) == 1 or max(map(len, members)) == 1:
         return None
-    timeout = timedelta(minutes=timeout_minutes)
-    group, _ = dist.new_subgroups_by_enumeration(members, timeout=timeout)
+    group, _ = dist.new_subgroups_by_enumeration(members, timeout=mesh.timeout)
     assert group is not None
     return Axis(group, dist.get_rank(group), dist.get_world_size(group), Traffic())
 
 
+def subgroup(groups: torch.Tensor, device: torch.device, timeout: timedelta) -> dist.ProcessGroup:
+    """groups: [groups, ranks], every rank of the run once; -> the one of this rank. Collective.
+
+    torch's DeviceMesh would make the same groups, but gives them no time-out of ours.
+    """
+    group, _ = dist.new_subgroups_by_enumeration(groups.tolist(), timeout=timeout)
+    assert group is not None
+    # NCCL connects a group in its first call, for which it needs all ranks; a hop of a ring may be
+    # the first, and concerns two of them only.
+    sum_over_ranks(torch.zeros(1, device=device), group)
+    return group
+
+
 def _axes(ranks: torch.Tensor, device: torch.device, timeout: timedelta) -> dict[str, Axis]:
-    """ranks: [data, ring, ulysses]. torch's DeviceMesh would make the same groups, but gives its
-    groups no other time-out than torch's default."""
+    """ranks: [data, ring, ulysses]."""
     traffic = Traffic()
     members = {
         "context": ranks.flatten(1),
@@ -217,10 +227,6 @@ def _axes(ranks: torch.Tensor, device: torch.device, timeout: timedelta) -> dict
     }
     axes = {}
     for name, groups in members.items():
-        group, _ = dist.new_subgroups_by_enumeration(groups.tolist(), timeout=timeout)
-        assert group is not None
-        # NCCL connects a group in its first call, for which it needs all ranks; a hop of a ring
-        # may be the first, and concerns two of them only.
-        sum_over_ranks(torch.zeros(1, device=device), group)
+        group = subgroup(groups, device, timeout)
         axes[name] = Axis(group, dist.get_rank(group), groups.shape[1], traffic)
     return axes

@@ -196,7 +196,7 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
         mesh=mesh,
         stream=stream,
         sharder=sharder,
-        store=build_store(saving, evaluation, parallelism, mesh, run_dir),
+        store=build_store(saving, evaluation, mesh, run_dir),
         learning_rate=build_learning_rate(config),
         steps=settings.steps,
         grad_clip=math.inf if settings.grad_clip is None else settings.grad_clip,
@@ -210,7 +210,12 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
         guard=build_guard(settings),
         bad_batches=run_dir / "bad_batches.jsonl",
     )
-    facts: dict[str, Any] = {"mesh": mesh, "ops": ops, "numerics": numerics}
+    facts: dict[str, Any] = {
+        "mesh": mesh,
+        "ops": ops,
+        "numerics": numerics,
+        "memory": engine.memory(),
+    }
     for line in header(config, blueprint, parallelism=parallelism, heap_kept=kept, **facts):
         log.info(line)
     start_from(trainer, config)
@@ -269,7 +274,7 @@ def build_engine(
 
 
 def build_store(
-    saving: Saving, evaluation: Evaluation, parallelism: Parallelism, mesh: Mesh, run_dir: Path
+    saving: Saving, evaluation: Evaluation, mesh: Mesh, run_dir: Path
 ) -> CheckpointStore:
     """Where checkpoints go. Collective; raises ConfigError."""
     if saving.keep_best and (not evaluation.every or saving.every % evaluation.every):
@@ -281,7 +286,7 @@ def build_store(
     return CheckpointStore(
         run_dir / "checkpoints",
         keep=Keep(newest=saving.keep, every=saving.keep_every, best=saving.keep_best),
-        group=host_group(mesh, timeout_minutes=parallelism.timeout_minutes),
+        group=host_group(mesh),
         background=saving.background,
     )
 

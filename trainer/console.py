@@ -11,6 +11,7 @@ from tqdm import tqdm
 from models.hybrid import HybridLM
 from models.ops.select import Ops
 from parallel.mesh import Mesh
+from trainer.engine import Memory
 from trainer.metrics import Record
 from trainer.settings import Numerics, Parallelism
 
@@ -65,15 +66,15 @@ def header(
     ops: Ops,
     numerics: Numerics,
     parallelism: Parallelism,
+    memory: Memory,
     heap_kept: bool,
 ) -> list[str]:
     """What the run is made of."""
     total = sum(parameter.numel() for parameter in model.parameters())
     rows, seq_len = config["data"]["batch_size"], config["data"]["seq_len"]
     passes = rows // (config["trainer"]["micro_batch_size"] * mesh.data_ranks)
-    # Weights, gradients and two moments of AdamW, all as wide as the weights.
-    state = 4 * sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
     context = [] if mesh.context is None else [f"context {parallelism.describe()}"]
+    state = sum(memory) / 2**30
     heap = "; freed memory stays in the process" if heap_kept else ""
     return [
         f"model   {config['model']['name']}: {total / 1e6:,.1f} M parameters, "
