@@ -26,7 +26,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 BEAT_SECONDS = 0.25
-POLL_SECONDS = 0.05
+POLL_SECONDS = 0.1
 ROLL_CALL_SECONDS = 0.7  # from the first rank that misses another to the last
 GRACE_SECONDS = 0.4  # for a main thread that noticed too to end the process itself
 WRITE_SECONDS = 10.0  # storage may be what hangs

@@ -159,6 +159,17 @@ def test_a_run_that_went_back_resumes_bitwise(tmp_path):
         torch.testing.assert_close(everything(resumed), end, rtol=0, atol=0)
 
 
+def test_a_run_that_stops_leaves_the_batch_too(tmp_path):
+    trainer = build(tmp_path, *SAVING)
+    poison(trainer, {(0, 2): math.inf})
+    with pytest.raises(
+        TrainingError, match="step 2: loss inf, grad_norm nan in batch epoch 0 row 2"
+    ):
+        trainer.run()
+    line = json.loads(trainer.bad_batches.read_text())
+    assert (line["step"], line["action"], len(line["batches"][0])) == (2, "stop", 2)
+
+
 def test_nowhere_to_go_back_to(tmp_path):
     trainer = build(tmp_path, *SAVING, "trainer.nonfinite=rollback", "trainer.rollback_steps=4")
     poison(trainer, {(0, 5): math.nan})
