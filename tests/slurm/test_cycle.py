@@ -40,21 +40,21 @@ def whole(folder) -> list[dict]:
     return records(folder / "whole")
 
 
-def training(folder: Path, name: str, *more: str) -> list[str]:
+def training(folder: Path, name: str) -> list[str]:
     return overrides(
         folder,
         f"trainer.steps={STEPS}",
         f"checkpoint.every={EVERY}",
         f"logging.every={EVERY}",
-        *more,
         f"run_dir={folder / name}",
     )
 
 
 def submit(folder: Path, name: str, *more: str) -> str:
     """-> the id of a job that trains on two nodes, in folder/name."""
-    keys = ["nodes=2", "partition=low", "time=60", "cluster.endpoint=127.0.0.1", *more]
-    command = [sys.executable, "scripts/slurm/submit.py", *keys, *training(folder, name)]
+    keys = ["nodes=2", "partition=low", "time=60", "cluster.endpoint=127.0.0.1"]
+    keys += ["+cluster.environment.OMP_NUM_THREADS=1", *training(folder, name), *more]
+    command = [sys.executable, "scripts/slurm/submit.py", *keys]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1].split()[2].rstrip(":")
@@ -91,16 +91,18 @@ def wait_for(condition: Callable[[], bool], run_dir: Path, seconds: float = 600)
         time.sleep(0.2)
 
 
-def workers(run_dir: Path) -> list[int]:
-    """Processes of train.py at this run."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+def workers(run_dir: Path) -> dict[int, int]:
+    """Rank -> process of train.py at this run."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
         try:
-            words = path.read_bytes().split(b"\0")
+            words = (path / "cmdline").read_bytes().split(b"\0")
+            environ = (path / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        own = b"-u" in words and f"run_dir={run_dir}".encode() in words
-        found += [int(path.parent.name)] if own else []
+        if f"run_dir={run_dir}".encode() in words:
+            ranks = [int(pair[5:]) for pair in environ if pair.startswith(b"RANK=")]
+            found |= {rank: int(path.name) for rank in ranks}
     return found
 
 
@@ -137,7 +139,9 @@ def test_a_killed_rank_costs_one_interval(folder, whole):
     wait_for(lambda: len(records(run_dir)) > 1.5 * EVERY, run_dir)
     os.kill(workers(run_dir)[1], signal.SIGKILL)
     wait_for(lambda: bool(noted(run_dir, "end")), run_dir)
-    assert noted(run_dir, "end")[0]["requeue"]
+    first = noted(run_dir, "end")[0]
+    reason = first["why"].removeprefix("failed: ")
+    assert first["requeue"] and reason.startswith(attempts.ACCIDENTS), reason
     wait_for(lambda: state(job) == "COMPLETED", run_dir)
     assert [line["step"] for line in noted(run_dir, "begin")][1] % EVERY == 0
     assert is_whole(run_dir, whole)
@@ -145,7 +149,7 @@ def test_a_killed_rank_costs_one_interval(folder, whole):
 
 def test_a_time_limit_is_met_with_a_checkpoint_and_a_cancelled_job_stays_so(folder):
     run_dir = folder / "limited"
-    job = submit(folder, "limited", "time=1", "signal_seconds=30", "trainer.steps=1000000")
+    job = submit(folder, "limited", "time=2", "signal_seconds=30", "trainer.steps=1000000")
     wait_for(lambda: len(noted(run_dir, "begin")) == 2, run_dir)
     (first,) = noted(run_dir, "end")
     assert first["requeue"] and first["why"] == "stopped, to be resumed"
