@@ -5,10 +5,12 @@ from typing import Literal
 
 import torch
 
+from parallel.block_scaled import Format
 from parallel.context import AttentionScheme, RecurrenceScheme
 from parallel.layout import Strategy
 
 Precision = Literal["fp32", "bf16", "fp64"]
+ActivationStorage = Literal["exact", Format]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Settings:
     grad_clip: float | None
     router_bias_rate: float
     activation_checkpointing: bool
+    activation_storage: ActivationStorage
+    activation_offload: bool
     compile: bool
     loss_tile: int
     keep_heap: bool
@@ -60,6 +64,16 @@ class Settings:
             raise ValueError(f"grad_clip is {self.grad_clip}; allowed: above 0, or null")
         if self.router_bias_rate < 0:
             raise ValueError(f"router_bias_rate is {self.router_bias_rate}; allowed: 0 or more")
+        if self.rounding and self.compile and not self.activation_checkpointing:
+            raise ValueError(
+                f"activation_storage is {self.rounding}; allowed: exact where compile=true decides "
+                "what is kept, unless activation_checkpointing=true"
+            )
+
+    @property
+    def rounding(self) -> Format | None:
+        """Of what layers keep for the backward pass."""
+        return None if self.activation_storage == "exact" else self.activation_storage
 
 
 @dataclass(frozen=True, kw_only=True)
