@@ -1,21 +1,25 @@
 """suite=attention: what context parallelism costs, for the masks of the Long-Context Attention
-Benchmark, arXiv 2510.17896, and for operations that it lacks.
+Benchmark, arXiv 2510.17896, full and causal, of one document and of packed ones, and for operations
+that it lacks.
 
 A line is forward and backward of a part of a layer on all tokens, by one process with all threads
 (single), or by ranks with an equal share of the threads. Times, memory and bytes are those of the
 worst rank; a step ends when the last rank does. "speed" is that of single over the same tokens,
 "memory" the growth of one rank over that of single. The error is against fp64 on one rank, over
-output and all gradients. Imbalance is that of the softmax area, largest over mean of the ranks.
+output and all gradients. Imbalance is that of the softmax area under the mask, largest over mean of
+the ranks.
 """
 
 import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping
+from itertools import product
 from pathlib import Path
 
 from benchmarks.context import Case
 from benchmarks.documents import document_lengths
 from benchmarks.job import Config, Job, JobFailed
+from benchmarks.parts import CAUSAL_ONLY
 from benchmarks.report import Column, Row
 from benchmarks.settings import Dtype, Part, Scheme, Settings
 
@@ -50,7 +54,7 @@ SCHEMES: dict[Part, tuple[Scheme, ...]] = {
 def rows(
     settings: Settings, configs: Mapping[str, Config], *, job: Job, matmul: Mapping[Dtype, float]
 ) -> Iterator[Row]:
-    """One row for each mask, part, scheme, layout, dtype and length.
+    """One row for each packing, mask, part, scheme, layout, dtype and length.
 
     configs: the first gives the sizes of mixers; matmul is not used.
     """
@@ -60,37 +64,38 @@ def rows(
         packings: dict[str, list[int]] = {"": [length]}
         for histogram in settings.histograms:
             packings[histogram] = document_lengths(histogram, length, seed=settings.seed)
-        for mask in ("full", "full document"):
-            yield _row(base, mask=mask) | {"note": "not supported: causal only"}
-        for documents, lengths in packings.items():
-            for part in settings.parts:
-                mask = "causal document" if documents else "causal"
-                facts = {"mask": mask, "documents": documents, "part": part}
-                yield from _part_rows(settings, base, part, lengths, facts)
+        for (documents, lengths), mask, part in product(
+            packings.items(), settings.masks, settings.parts
+        ):
+            name = f"{mask} document" if documents else mask
+            facts = {"mask": name, "documents": documents, "part": part}
+            if mask == "full" and part in CAUSAL_ONLY:
+                yield _row(base, **facts) | {"note": f"not measured: {CAUSAL_ONLY[part]}"}
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                reference = str(Path(folder, "fp64.pt"))
+                case = Case(part=part, mask=mask, documents=lengths, reference=reference)
+                yield from _case_rows(settings, base, case, facts)
 
 
-def _part_rows(
-    settings: Settings, job: Job, part: Part, lengths: list[int], facts: Row
-) -> Iterator[Row]:
-    """Of one part on one packing: single first, then every scheme and layout."""
-    with tempfile.TemporaryDirectory() as folder:
-        case = Case(part=part, documents=lengths, reference=str(Path(folder, "fp64.pt")))
-        failed = _measured(settings, dataclasses.replace(job, dtype="fp64"), case).get("note")
-        if failed:
-            yield _row(job, **facts) | {"note": f"reference {failed}"}
-            return
-        for dtype in settings.dtypes:
-            typed = dataclasses.replace(job, dtype=dtype)
-            single = _row(typed, **facts, scheme="single") | _measured(settings, typed, case)
-            yield single
-            for shared in _shared_cases(settings, case):
-                ranks = settings.ranks * shared.ulysses
-                threads = max(job.threads // ranks, 1)
-                several = dataclasses.replace(typed, ranks=ranks, threads=threads)
-                row = _row(several, **facts, scheme=shared.scheme, layout=shared.layout)
-                row |= _measured(settings, several, shared)
-                _compare(row, single)
-                yield row
+def _case_rows(settings: Settings, job: Job, case: Case, facts: Row) -> Iterator[Row]:
+    """Single first, then every scheme and layout."""
+    failed = _measured(settings, dataclasses.replace(job, dtype="fp64"), case).get("note")
+    if failed:
+        yield _row(job, **facts) | {"note": f"reference {failed}"}
+        return
+    for dtype in settings.dtypes:
+        typed = dataclasses.replace(job, dtype=dtype)
+        single = _row(typed, **facts, scheme="single") | _measured(settings, typed, case)
+        yield single
+        for shared in _shared_cases(settings, case):
+            ranks = settings.ranks * shared.ulysses
+            threads = max(job.threads // ranks, 1)
+            several = dataclasses.replace(typed, ranks=ranks, threads=threads)
+            row = _row(several, **facts, scheme=shared.scheme, layout=shared.layout)
+            row |= _measured(settings, several, shared)
+            _compare(row, single)
+            yield row
 
 
 def _shared_cases(settings: Settings, case: Case) -> Iterator[Case]:

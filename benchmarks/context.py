@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.job import Job, Result
 from benchmarks.measure import measure
 from benchmarks.parts import Draw, Shared, build_part
-from benchmarks.settings import Part, Scheme
+from benchmarks.settings import Mask, Part, Scheme
 from models.sequence import Fragment
 from parallel.collectives import barrier, gather_objects, sum_over_ranks
 from parallel.context import AttentionScheme, apply_context_parallel, build_schemes
@@ -23,6 +23,7 @@ class Case:
     """What ranks share, and how."""
 
     part: Part
+    mask: Mask
     documents: Sequence[int]  # lengths
     reference: str  # a file that one rank writes in fp64, and others compare with
     scheme: Scheme | None = None  # None: one rank
@@ -42,7 +43,8 @@ def measure_case(job: Job) -> Result:
     layout = case_layout(case, mesh.context_ranks)
     index = torch.from_numpy(layout.index(mesh.rank))
     draw = Draw(index, seed=job.seed, precision=job.dtype, device=job.device)
-    part = build_part(case.part, job.config, layout.info(mesh.rank, mesh.device), draw)
+    info = layout.info(mesh.rank, mesh.device)
+    part = build_part(case.part, job.config, info, draw, case.mask)
     share(part, case, mesh)
     step = Step(part, index >= 0, autocast=draw.numerics.autocast)
     if job.dtype == "fp64":
@@ -64,7 +66,7 @@ def measure_case(job: Job) -> Result:
     result["error"] = error(results, torch.load(case.reference, mmap=True), index[index >= 0])
     worst = _worst(gather_objects(result, mesh.group))
     leave(mesh)
-    return worst | {"imbalance": layout.report().imbalance}
+    return worst | {"imbalance": layout.report(causal=case.mask == "causal").imbalance}
 
 
 def case_layout(case: Case, ranks: int) -> TokenLayout:

@@ -7,6 +7,7 @@ ranks of any layout hold parts of the same inputs.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.job import Config
-from benchmarks.settings import Part
+from benchmarks.settings import Mask, Part
 from benchmarks.subjects import initialised_model
 from models.mixers.kda import l2_normalise
 from models.ops.latent import keys_and_values
@@ -25,6 +26,10 @@ from trainer.build import build_ops
 from trainer.settings import Numerics, Precision
 
 HYBRID = ["kda", "kda", "kda", "mla"]
+CAUSAL_ONLY: dict[Part, str] = {  # why
+    "kda": "a recurrence is causal by definition",
+    "hybrid": "three of its four layers are recurrences, causal by definition",
+}
 BLOCK = 256  # tokens drawn at once
 
 
@@ -78,17 +83,24 @@ class Draw:
         return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
 
 
-def build_part(part: Part, config: Config, info: SequenceInfo, draw: Draw) -> Shared:
-    """config: sections of train.yaml; the sizes are those of its mixers."""
+def build_part(part: Part, config: Config, info: SequenceInfo, draw: Draw, mask: Mask) -> Shared:
+    """config: sections of train.yaml; the sizes are those of its mixers.
+
+    Raises ValueError for a part of CAUSAL_ONLY under another mask.
+    """
+    causal = mask == "causal"
+    if part in CAUSAL_ONLY and not causal:
+        raise ValueError(f"{part} under a {mask} mask: {CAUSAL_ONLY[part]}")
     if part == "hybrid":
         return _hybrid(config, info, draw)
     ops = build_ops(config["ops"], draw.device, draw.numerics.products)
-    build, op = {
-        "softmax": (_softmax, ops.softmax),
-        "mla_keys": (_mla_keys, ops.softmax),
-        "mla": (_mla, ops.latent),
+    choices: dict[Part, tuple[Callable[[Config, Draw], Operation], Callable[[], nn.Module]]] = {
+        "softmax": (_softmax, partial(ops.softmax, causal=causal)),
+        "mla_keys": (_mla_keys, partial(ops.softmax, causal=causal)),
+        "mla": (_mla, partial(ops.latent, causal=causal)),
         "kda": (_kda, ops.delta_rule),
-    }[part]
+    }
+    build, op = choices[part]
     module = nn.ModuleDict({"op": op()})
     tokens, weights, function = build(config["mixer"], draw)
     leaves = [x.requires_grad_() for x in (*tokens, *weights)]

@@ -13,6 +13,7 @@ Scheme = Literal["ring", "gather", "ulysses", "usp", "state_passing"]
 Dtype = Literal["fp32", "bf16"]
 Malloc = Literal["keep", "default"]
 Part = Literal["softmax", "mla_keys", "mla", "kda", "hybrid"]
+Mask = Literal["full", "causal"]
 Device = Literal["auto", "cpu", "cuda"]
 
 
@@ -26,6 +27,7 @@ class Settings:
     peer_max_tokens: int
     baselines: Sequence[str]
     parts: Sequence[Part]
+    masks: Sequence[Mask]
     schemes: Sequence[Scheme]
     layouts: Sequence[Strategy]
     histograms: Sequence[Histogram]

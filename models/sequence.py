@@ -8,13 +8,14 @@ Shapes are [batch, seq, heads, dim]; `seq` is always local to this rank.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from models.precision import widen
 from models.transition import DenseTransition, Transition
 
 
@@ -37,7 +38,8 @@ class Fragment:
 class SequenceInfo:
     """Where each local token sits; every mask, reset and position derives from it.
 
-    Query i sees key j iff both are of one document and index_j <= index_i. The fragments are the
+    Query i sees key j iff both are of one document and index_j <= index_i; only a softmax op built
+    with causal=False, and what is made of it, drops the second condition. The fragments are the
     host's copy of the same facts, for code that must know lengths without asking the device.
     """
 
@@ -172,13 +174,18 @@ class Visibility(NamedTuple):
 
 
 class SoftmaxAttention(SequenceOp):
-    """Causal softmax attention inside documents.
+    """Softmax attention inside documents: causal or, built with causal=False, of every token to all
+    tokens of its document.
 
     Two further masks, `window` and `visibility`, are taken only by an implementation that lists
     them in `masks`: whoever builds a mixer that needs one checks it then, not at step 900.
     """
 
     masks: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, *, causal: bool = True) -> None:
+        super().__init__()
+        self.causal = causal
 
     @abstractmethod
     def forward(
@@ -198,7 +205,7 @@ class SoftmaxAttention(SequenceOp):
         q: [batch, seq, heads, dim]; k: [batch, key_seq, kv_heads, dim]; v: [..., kv_heads, v_dim];
         kv_heads divides heads; head h reads key head h // (heads // kv_heads). scale is
         dim^-0.5 unless given. key_info: where the keys sit, if not where the queries do.
-        window: keys further back than window - 1 indices are not seen.
+        window: keys `window` indices away or more are not seen.
         """
 
     @abstractmethod
@@ -256,12 +263,26 @@ class Recurrent(NamedTuple):
     final_state: Tensor  # [batch, heads, key_dim, value_dim], fp32 or wider
 
 
+class Response(NamedTuple):
+    """A row as an affine function of the state S that enters it, found before S is known.
+
+    Its final state is T S + U, its output that of a zero state plus S^T reads; so the gradient of S
+    is T^T grad_final plus the sum over tokens of reads grad_output^T. Only what `enter` returns has
+    gradients.
+    """
+
+    reads: Tensor  # [batch, seq, heads, key_dim]
+    transition: Transition  # T, fp32 or wider
+    update: Tensor  # U, [batch, heads, key_dim, value_dim], fp32 or wider
+    enter: Callable[[Tensor], Recurrent]  # what `forward` gives from this initial state
+
+
 class LinearRecurrence(SequenceOp):
     """S_t = A_t S_{t-1} + B_t and o_t = S_t^T q_t: affine in the state, which is the contract.
 
     Where the row leaves a document the state is forgotten: at a document start, and behind a gap,
     which only a scheme that knows the other ranks can fill, one call per document. Hence a segment
-    maps the state S that enters it to T S + U, with T and U its `summary`, and segments compose.
+    maps the state S that enters it to T S + U, see `response`, and segments compose.
     """
 
     transition: type[Transition] = DenseTransition  # the kind of T
@@ -285,38 +306,29 @@ class LinearRecurrence(SequenceOp):
         it if its position is not 0. q comes scaled.
         """
 
-    def summary(
-        self, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, info: SequenceInfo
-    ) -> tuple[Transition, Tensor]:
-        """(T, U) of the whole row: the final state is T initial_state + U, U shaped like a state;
-        T is of the kind `transition`, both are fp32 or wider.
-
-        By linearity T is the final state of the identity when nothing is written. This default
-        serves dense transitions.
-        """
-        update = self(k, k, v, log_decay, beta, info).final_state
-        eye = torch.eye(k.shape[-1], dtype=update.dtype, device=k.device)
-        eye = eye.expand(k.shape[0], k.shape[2], -1, -1)
-        nothing = torch.zeros_like(k)
-        final = self(k, k, nothing, log_decay, beta, info, initial_state=eye).final_state
-        return DenseTransition(final), update
-
-    def state_gradient(
+    def response(
         self,
-        grad_output: Tensor,
-        grad_state: Tensor,
         q: Tensor,
         k: Tensor,
+        v: Tensor,
         log_decay: Tensor,
         beta: Tensor,
         info: SequenceInfo,
-    ) -> Tensor:
-        """The gradient of the initial state, from those of the output and of the final state.
+    ) -> Response:
+        """T is of the kind `transition`.
 
-        Values play no part in it, as everything is affine in the state.
+        This default serves every op: T and the reads are what comes of the identity where nothing
+        is written, hence of columns of a state whose values are zero, here in front of those of v.
         """
-        nothing = torch.zeros_like(grad_output)
-        with torch.enable_grad():
-            state = torch.zeros_like(grad_state).requires_grad_()
-            results = self(q, k, nothing, log_decay, beta, info, initial_state=state)
-        return torch.autograd.grad(results, state, (grad_output, grad_state))[0]
+        key_dim = k.shape[-1]
+        with torch.no_grad():
+            values = torch.cat((v.new_zeros(k.shape), v), dim=-1)
+            eye = torch.eye(key_dim, values.shape[-1], device=v.device).to(widen(v[:0]))
+            state = eye.expand(k.shape[0], k.shape[2], -1, -1)
+            output, final = self(q, k, values, log_decay, beta, info, initial_state=state)
+
+        def enter(state: Tensor) -> Recurrent:
+            return self(q, k, v, log_decay, beta, info, initial_state=state)
+
+        transition = self.transition.of_matrix(final[..., :key_dim])
+        return Response(output[..., :key_dim].clone(), transition, final[..., key_dim:], enter)

@@ -23,6 +23,11 @@ class Transition(ABC):
     def shape(key_dim: int) -> tuple[int, ...]:
         """Of one head's numbers: known to a receiver before they arrive."""
 
+    @classmethod
+    @abstractmethod
+    def of_matrix(cls, matrix: Tensor) -> Self:
+        """The map that is known to be of this kind, from its matrices [batch, heads, K, K]."""
+
     @abstractmethod
     def apply(self, state: Tensor) -> Tensor:
         """T S."""
@@ -43,6 +48,10 @@ class DenseTransition(Transition):
     def shape(key_dim: int) -> tuple[int, ...]:
         return key_dim, key_dim
 
+    @classmethod
+    def of_matrix(cls, matrix: Tensor) -> Self:
+        return cls(matrix)
+
     def apply(self, state: Tensor) -> Tensor:
         return self.tensor @ state
 
@@ -60,6 +69,10 @@ class DiagonalTransition(Transition):
     def shape(key_dim: int) -> tuple[int, ...]:
         return (key_dim,)
 
+    @classmethod
+    def of_matrix(cls, matrix: Tensor) -> Self:
+        return cls(matrix.diagonal(dim1=-2, dim2=-1))
+
     def apply(self, state: Tensor) -> Tensor:
         return self.tensor.unsqueeze(-1) * state
 
@@ -76,3 +89,7 @@ class ScalarTransition(DiagonalTransition):
     @staticmethod
     def shape(key_dim: int) -> tuple[int, ...]:
         return (1,)
+
+    @classmethod
+    def of_matrix(cls, matrix: Tensor) -> Self:
+        return cls(matrix[..., 0, :1])

@@ -1,9 +1,9 @@
 """What each scheme sends, predicted from integers: bytes that one rank receives per layer.
 
 The closed forms hold for one document that fills all ranks under the zigzag layout, and are for
-the rank that receives most of the message in question; `planned` counts the same for one rank of
-any layout, on its own, without the plans that the schemes make. Sums over ranks travel in fp32 or
-wider, everything else in the size of an activation.
+the rank that receives most of the message in question; without the causal mask that is every rank.
+`planned` counts the same for one rank of any layout, on its own, without the plans that the schemes
+make. Sums over ranks travel in fp32 or wider, everything else in the size of an activation.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,16 +46,16 @@ def moved(outer: Outer, *, tokens: int, ranks: int) -> Moved:
     return Moved(others, again, others)
 
 
-def planned(outer: Outer, peers: Sequence[Row], rank: int) -> Moved:
+def planned(outer: Outer, peers: Sequence[Row], rank: int, *, causal: bool = True) -> Moved:
     """By ring or gather, on one rank of a layout."""
     ranks = len(peers)
     if outer == "gather":
-        keys = sum(_seen(peers, owner, rank) for owner in range(ranks) if owner != rank)
-        grads = sum(_seen(peers, rank, reader) for reader in range(ranks) if reader != rank)
+        keys = sum(_seen(peers, owner, rank, causal) for owner in range(ranks) if owner != rank)
+        grads = sum(_seen(peers, rank, reader, causal) for reader in range(ranks) if reader != rank)
         return Moved(keys, keys, grads)
-    keys = sum(_carried(peers, rank, hop) for hop in range(1, ranks))
+    keys = sum(_carried(peers, rank, hop, causal) for hop in range(1, ranks))
     # Backward a rank gets from the next one what it had sent on.
-    sent = [_carried(peers, (rank + 1) % ranks, hop) for hop in range(1, ranks)]
+    sent = [_carried(peers, (rank + 1) % ranks, hop, causal) for hop in range(1, ranks)]
     return Moved(keys, sum(sent[1:]), sum(sent))
 
 
@@ -182,21 +182,22 @@ def halo_bytes(shape: ConvShape, move: Moved, *, size: int) -> Bytes:
     return Bytes(move.keys * shape.channels * size, move.grads * shape.channels * size)
 
 
-def _seen(peers: Sequence[Row], owner: int, reader: int) -> int:
+def _seen(peers: Sequence[Row], owner: int, reader: int, causal: bool) -> int:
     """Tokens of the owner that some query of the reader sees."""
-    return sum(key.length for key in peers[owner] if _sees(peers[reader], key))
+    return sum(key.length for key in peers[owner] if _sees(peers[reader], key, causal))
 
 
-def _sees(row: Row, key: Fragment) -> bool:
-    return not key.padding and any(f.start == key.start and f.index > key.index for f in row)
+def _sees(row: Row, key: Fragment, causal: bool) -> bool:
+    same = (f for f in row if f.start == key.start)
+    return not key.padding and any(f.index > key.index or not causal for f in same)
 
 
-def _carried(peers: Sequence[Row], rank: int, hop: int) -> int:
+def _carried(peers: Sequence[Row], rank: int, hop: int, causal: bool) -> int:
     """Tokens that reach a rank in this hop of a ring: those that it or a rank behind it sees."""
     ranks = len(peers)
     owner = (rank - hop) % ranks
     readers = [peers[(owner + further) % ranks] for further in range(hop, ranks)]
-    return sum(key.length for key in peers[owner] if any(_sees(r, key) for r in readers))
+    return sum(key.length for key in peers[owner] if any(_sees(r, key, causal) for r in readers))
 
 
 def _runs(row: Row) -> Iterator[tuple[int, int, int]]:

@@ -29,11 +29,11 @@ class Fetch(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def fetch(peers: tuple[Row, ...], rank: int) -> Fetch:
+def fetch(peers: tuple[Row, ...], rank: int, *, causal: bool) -> Fetch:
     nothing: Row = ()
     others = [row if r != rank else nothing for r, row in enumerate(peers)]
-    read = [seen(peers[rank], row) for row in others]
-    keys = [seen(row, peers[rank]) for row in others]
+    read = [seen(peers[rank], row, causal=causal) for row in others]
+    keys = [seen(row, peers[rank], causal=causal) for row in others]
     return Fetch(
         sent=tuple(part for chosen in read for part in where(peers[rank], chosen)),
         sent_counts=tuple(map(tokens, read)),
@@ -81,7 +81,7 @@ def _groups(heads: int, kv_heads: int, groups: int) -> list[HeadGroup]:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, op: SoftmaxAttention, axis: Axis, groups, q, k, v, info, scale):
-        plan = fetch(info.peers, own_rank(info))
+        plan = fetch(info.peers, own_rank(info), causal=op.causal)
         results = []
         arriving = _fetch(axis, plan, k, v, groups[0], "forward")
         for group, following in pairwise([*groups, None]):
@@ -103,7 +103,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor):
         q, k, v, output, lse = ctx.saved_tensors
         axis, groups = ctx.axis, ctx.groups
-        plan = fetch(ctx.info.peers, own_rank(ctx.info))
+        plan = fetch(ctx.info.peers, own_rank(ctx.info), causal=ctx.op.causal)
         grads_q: list[Tensor] = []
         grads_own: list[Tensor] = []
         arriving = _fetch(axis, plan, k, v, groups[0], "backward")

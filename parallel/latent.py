@@ -88,6 +88,10 @@ class BlockScheme(LatentScheme):
 
     op: MaterialisedLatent
 
+    @property
+    def causal(self) -> bool:
+        return self.op.softmax.causal
+
     def attend(self, q, rows, up_weight, info, scale):
         rank_on(self.axis, info)
         return _Attention.apply(self, q, rows, up_weight, info, scale)
@@ -112,7 +116,8 @@ class LatentRing(BlockScheme):
 
     def visit(self, rows, info, attend):
         rank, kept = own_rank(info), []
-        path, others = stops(info.peers, rank), visible(info.peers, rank)
+        path = stops(info.peers, rank, causal=self.causal)
+        others = visible(info.peers, rank, causal=self.causal)
         coming = self._shift(take(rows, path[0].on), tokens(path[1].keys), "forward")
         attend(rows, info.fragments[0])
         for hop, stop in enumerate(path[1:], 1):
@@ -127,7 +132,8 @@ class LatentRing(BlockScheme):
 
     def visit_backward(self, rows, kept, info, attend):
         rank, gradients = own_rank(info), None
-        path, others = stops(info.peers, rank), visible(info.peers, rank)
+        path = stops(info.peers, rank, causal=self.causal)
+        others = visible(info.peers, rank, causal=self.causal)
         held = kept[-1]
         for hop in range(len(path) - 1, 0, -1):
             stop, before = path[hop], path[hop - 1]
@@ -158,7 +164,7 @@ class LatentGather(BlockScheme):
     """One exchange brings each rank the latents that its queries see, and they are kept."""
 
     def visit(self, rows, info, attend):
-        plan = fetch(info.peers, own_rank(info))
+        plan = fetch(info.peers, own_rank(info), causal=self.causal)
         sent = torch.cat([rows[:0], *(rows[part] for part in plan.sent)])
         coming = self._exchange(sent, plan.sent_counts, plan.counts, "forward")
         attend(rows, info.fragments[0])
@@ -168,7 +174,7 @@ class LatentGather(BlockScheme):
         return [latents]
 
     def visit_backward(self, rows, kept, info, attend):
-        plan = fetch(info.peers, own_rank(info))
+        plan = fetch(info.peers, own_rank(info), causal=self.causal)
         grads = [attend(*block) for block in self._blocks(kept[0], info)]
         sent = torch.cat([widen(rows[:0]), *grads])
         coming = self._exchange(sent, plan.counts, plan.sent_counts, "backward")
@@ -178,7 +184,8 @@ class LatentGather(BlockScheme):
 
     def _blocks(self, latents: Tensor, info: SequenceInfo) -> list[tuple[Tensor, Row]]:
         """One per rank, so that the keys of one rank exist at a time."""
-        rows = [row for row in visible(info.peers, own_rank(info)) if row]
+        every = visible(info.peers, own_rank(info), causal=self.causal)
+        rows = [row for row in every if row]
         return [*zip(latents.split([tokens(row) for row in rows]), rows, strict=True)]
 
     def _exchange(
@@ -275,6 +282,8 @@ def _expand(rows: Tensor, up_weight: Tensor, key_dims: int) -> tuple[Tensor, Ten
 
 
 @lru_cache(maxsize=64)
-def visible(peers: tuple[Row, ...], rank: int) -> tuple[Row, ...]:
+def visible(peers: tuple[Row, ...], rank: int, *, causal: bool) -> tuple[Row, ...]:
     """What the queries of a rank see of the row of each other; nothing at its own place."""
-    return tuple(seen(row, peers[rank]) if r != rank else () for r, row in enumerate(peers))
+    return tuple(
+        seen(row, peers[rank], causal=causal) if r != rank else () for r, row in enumerate(peers)
+    )

@@ -2,11 +2,14 @@
 
 Planned on the host from the lengths of documents alone, so that every rank finds the same layout
 without a message. The unit of work is that of causal attention inside documents: a token at
-position p costs p + 1, and a run of tokens the sum of that, its area.
+position p costs p + 1, and a run of tokens the sum of that, its area. Where attention is not
+causal, whole documents and mirrored pieces all cost twice as much, so that a plan is as even.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -51,7 +54,8 @@ class TokenLayout:
         ]
         return np.concatenate(runs)
 
-    def report(self) -> LayoutReport:
+    def report(self, *, causal: bool = True) -> LayoutReport:
+        """causal: whether the area is that of causal attention."""
         rows = [[f for f in row if not f.padding] for row in self.ranks]
         homes: dict[int, set[int]] = {}
         for rank, row in enumerate(rows):
@@ -59,7 +63,7 @@ class TokenLayout:
                 homes.setdefault(fragment.start, set()).add(rank)
         lengths = [(f.length, len(homes[f.start]) > 1) for row in rows for f in row]
         tokens = sum(length for length, _ in lengths)
-        areas = [sum(map(area, row)) for row in rows]
+        areas = [sum(map(area, row)) for row in rows] if causal else _square_areas(rows)
         return LayoutReport(
             cut=sum(length for length, is_cut in lengths if is_cut) / max(tokens, 1),
             imbalance=max(areas) * len(areas) / sum(areas) if tokens else 1.0,
@@ -71,6 +75,14 @@ def area(fragment: Fragment) -> int:
     """Pairs of a token of the fragment and a token that it sees, itself included."""
     length = fragment.length
     return length * fragment.position + length * (length + 1) // 2
+
+
+def _square_areas(rows: Rows) -> list[int]:
+    """By rank, pairs of a token of the row and a token of the same document, on any rank."""
+    documents: Counter[int] = Counter()
+    for fragment in chain(*rows):
+        documents[fragment.start] += fragment.length
+    return [sum(f.length * documents[f.start] for f in row) for row in rows]
 
 
 def plan_layout(

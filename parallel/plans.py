@@ -77,16 +77,18 @@ def cut_part(peers: tuple[Row, ...], rank: int) -> Row:
     return tuple(f for f in peers[rank] if f.start in cut and not f.padding)
 
 
-def seen(keys: Row, queries: Row) -> Row:
+def seen(keys: Row, queries: Row, *, causal: bool) -> Row:
     """The fragments of another rank's row of which some query of this row sees a token.
 
-    That is then every token of the fragment: no fragment holds tokens between its own.
+    That is then every token of the fragment: no fragment holds tokens between its own. Unless
+    causal, it is every fragment of the documents of the queries.
     """
     last: dict[int, int] = {}
     for query in queries:
         if query.length:
             last[query.start] = max(query.index, last.get(query.start, -1))
-    return tuple(key for key in keys if key.length and key.index < last.get(key.start, -1))
+    found = (key for key in keys if key.length and key.start in last)
+    return tuple(key for key in found if not causal or key.index < last[key.start])
 
 
 def where(row: Row, chosen: Collection[Fragment]) -> tuple[slice, ...]:

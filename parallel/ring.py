@@ -33,26 +33,30 @@ class Stop(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def stops(peers: tuple[Row, ...], rank: int) -> tuple[Stop, ...]:
+def stops(peers: tuple[Row, ...], rank: int, *, causal: bool) -> tuple[Stop, ...]:
     """What a rank holds after each hop, those of rank - hop; at first the own ones."""
     found = []
     for hop in range(len(peers)):
         owner = (rank - hop) % len(peers)
-        reach = _reach(peers, owner)
+        reach = _reach(peers, owner, causal=causal)
         keys = tuple(key for key in peers[owner] if reach.get(key, 0) >= hop)
         on = where(keys, {key for key in keys if reach.get(key, 0) > hop})
         stay = where(keys, {key for key in keys if reach.get(key, 0) == hop})
-        needed = hop > 0 and bool(seen(keys, peers[rank]))
+        needed = hop > 0 and bool(seen(keys, peers[rank], causal=causal))
         found.append(Stop(keys, needed, on, stay))
     return tuple(found)
 
 
 @lru_cache(maxsize=1024)
-def _reach(peers: tuple[Row, ...], owner: int) -> dict[Fragment, int]:
+def _reach(peers: tuple[Row, ...], owner: int, *, causal: bool) -> dict[Fragment, int]:
     """How many hops a fragment of the owner travels to the last rank that sees it."""
     ranks = len(peers)
     readers = {hop: peers[(owner + hop) % ranks] for hop in range(1, ranks)}
-    return {key: hop for hop, reader in readers.items() for key in seen(peers[owner], reader)}
+    return {
+        key: hop
+        for hop, reader in readers.items()
+        for key in seen(peers[owner], reader, causal=causal)
+    }
 
 
 class RingAttention(SoftmaxScheme):
@@ -70,7 +74,7 @@ class RingAttention(SoftmaxScheme):
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, op: SoftmaxAttention, axis: Axis, q, k, v, info, scale):
-        path = stops(info.peers, own_rank(info))
+        path = stops(info.peers, own_rank(info), causal=op.causal)
         own = (take(x[0], path[0].on) for x in (k, v))
         coming = _shift(axis, pack(*own), tokens(path[1].keys), "forward")
         attention = Merging(op, q, k, v, info, scale)
@@ -90,7 +94,7 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
         q, k, v, output, lse, *kept = ctx.saved_tensors
-        path = stops(ctx.info.peers, own_rank(ctx.info))
+        path = stops(ctx.info.peers, own_rank(ctx.info), causal=ctx.op.causal)
         grads = Gradients(ctx.op, (grad, q, output, lse), ctx.info, ctx.scale)
         returned: Pending | None = None
         gradients: Pending | None = None

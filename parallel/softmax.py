@@ -32,7 +32,7 @@ class SoftmaxScheme(SoftmaxAttention):
     """
 
     def __init__(self, op: SoftmaxAttention, *, axis: Axis) -> None:
-        super().__init__()
+        super().__init__(causal=op.causal)
         self.op, self.axis = op, axis
 
     # The plans change with every batch: nothing for a compiler to keep.

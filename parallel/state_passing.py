@@ -2,7 +2,8 @@
 
 A segment maps the state S that enters it to T S + U, so the ranks that hold a cut document hand
 each other (T, U): as many bytes at any length. LASP-2, arXiv 2502.07563, with the dense transitions
-of the delta rule; backward only the gradients of states travel.
+of the delta rule; backward only the gradients of states travel. The op's `response` gives (T, U),
+and what S adds to the outputs once it has come: no token is gone over twice.
 """
 
 from bisect import bisect_left
@@ -18,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from models.ops.runs import runs
 from models.precision import full_precision, widen
-from models.sequence import LinearRecurrence, Recurrent, SequenceInfo
+from models.sequence import LinearRecurrence, Recurrent, Response, SequenceInfo
 from parallel.chains import Chain, Gather, Link, Post, Scan, Summary, chains, place_on
 from parallel.collectives import Axis
 from parallel.plans import Row, own_rank, row_info
@@ -71,9 +72,10 @@ class StatePassing(LinearRecurrence):
     """`op` on every segment of this rank, each from the state that the one before it left.
 
     Up to `scan_ranks` ranks all summaries of a document are gathered where a later part of it
-    lies; above, they are combined by a parallel scan. A first segment has run when its summary is
-    due; of the others that summary is computed apart. Every other stretch of whole documents runs
-    while the summaries travel, the backward of the rest while the gradients do.
+    lies; above, they are combined by a parallel scan. First run the segments that others follow, as
+    their summaries are due. While these travel the segments that none follows run as far as they
+    can without a state, and every other stretch of whole documents; the backward of the remaining
+    stretches runs while the gradients travel.
 
     final_state is that of the last local token. Raises ValueError for an initial state.
     """
@@ -101,28 +103,34 @@ class StatePassing(LinearRecurrence):
         if rank is None:
             return self.op(q, k, v, log_decay, beta, info)
         plan = segments(info.peers, rank)
-        local = _Local(self.op, (q, k, v, log_decay, beta), info.index.device)
+        local = _Local(self.op, plan, (q, k, v, log_decay, beta), info.index.device)
         chain = self._chain(info.peers, k, v)
         leaving = [s for s in plan if not s.last]
+        between = [s for s in leaving if s.entered]
+        ends = [s for s in plan if s.entered and s.last]
         whole = [s for s in plan if s.link is None]
 
         local.run(s for s in leaving if not s.entered)
+        local.respond(between)
         chain.start({s.link: local.summary(s) for s in leaving if s.link})
         local.run(whole[::2])
+        local.respond(ends)
         with full_precision(q):
             states, kept = chain.states()
-        local.run((s for s in leaving if s.entered), states)
+        local.enter(between, states)
         # Autograd runs backwards what follows while the gradients of states are on their way.
         finals = [local.results[s].final_state for s in leaving]
         gate = _Leaving.apply(chain, [s.link for s in leaving], *finals)
-        local.run((s for s in plan if s.entered and s.last), states)
+        local.enter(ends, states)
         local.run(whole[1::2])
 
         output = torch.cat([local.results[s].output for s in plan], dim=1)
         final = local.results[plan[-1]].final_state
-        entering = _Back(self.op, chain, [s for s in plan if s.entered], tuple(kept))
+        back = _Back(chain, tuple(local.responses), tuple(kept))
+        responses = local.responses.values()
+        reads, through = [r.reads for r in responses], [r.transition.tensor for r in responses]
         return Recurrent(
-            *_Entering.apply(entering, gate, output, final, q, k, log_decay, beta, *kept.values())
+            *_Entering.apply(back, gate, output, final, *reads, *through, *kept.values())
         )
 
     def _chain(self, peers: tuple[Row, ...], k: Tensor, v: Tensor) -> Chain:
@@ -179,25 +187,43 @@ def _refuse(initial_state: Tensor | None) -> None:
 class _Local:
     """The segments of this rank's row, and what the op made of those that have run."""
 
-    def __init__(self, op: LinearRecurrence, tensors: tuple[Tensor, ...], device: torch.device):
-        self.op, self.tensors, self.device = op, tensors, device
+    def __init__(
+        self,
+        op: LinearRecurrence,
+        plan: tuple[Segment, ...],
+        tensors: tuple[Tensor, ...],
+        device: torch.device,
+    ) -> None:
+        self.op = op
+        # Not sliced: the gradient of every slice would be as long as the row.
+        lengths = [segment.stop - segment.start for segment in plan]
+        pieces = (x.split(lengths, dim=1) if len(plan) > 1 else (x,) for x in tensors)
+        self.arguments = {
+            segment: (*parts, row_info(segment.row, device))
+            for segment, parts in zip(plan, zip(*pieces, strict=True), strict=True)
+        }
+        self.responses: dict[Segment, Response] = {}
         self.results: dict[Segment, Recurrent] = {}
 
-    def run(self, chosen: Iterable[Segment], states: dict[Link, Tensor] | None = None) -> None:
+    def run(self, chosen: Iterable[Segment]) -> None:
         for segment in chosen:
-            state = states[segment.link] if states and segment.link else None
-            parts = (x[:, segment.tokens] for x in self.tensors)
-            info = row_info(segment.row, self.device)
-            self.results[segment] = self.op(*parts, info, initial_state=state)
+            self.results[segment] = self.op(*self.arguments[segment])
+
+    def respond(self, chosen: Iterable[Segment]) -> None:
+        for segment in chosen:
+            self.responses[segment] = self.op.response(*self.arguments[segment])
+
+    def enter(self, chosen: Iterable[Segment], states: dict[Link, Tensor]) -> None:
+        for segment in chosen:
+            assert segment.link is not None
+            self.results[segment] = self.responses[segment].enter(states[segment.link])
 
     def summary(self, segment: Segment) -> Summary:
         """Without gradients: those of states come from the ranks that hold later segments."""
-        if segment in self.results:
-            return Summary(None, self.results[segment].final_state.detach())
-        _, k, v, log_decay, beta = (x[:, segment.tokens] for x in self.tensors)
-        info = row_info(segment.row, self.device)
-        with torch.no_grad():
-            return Summary(*self.op.summary(k, v, log_decay, beta, info))
+        if segment.entered:
+            response = self.responses[segment]
+            return Summary(response.transition, response.update)
+        return Summary(None, self.results[segment].final_state.detach())
 
 
 class _Leaving(torch.autograd.Function):
@@ -219,15 +245,17 @@ class _Leaving(torch.autograd.Function):
 class _Back:
     """What the backward of `_Entering` needs beside tensors."""
 
-    op: LinearRecurrence
     chain: Chain
-    entered: list[Segment]
+    entered: tuple[Segment, ...]
     kept: tuple[tuple, ...]  # keys
 
 
 class _Entering(torch.autograd.Function):
     """Returns output and final state as they are; its backward comes before that of every
-    segment, and sends the gradients of the states that entered some."""
+    segment, and sends the gradients of the states that entered some.
+
+    tensors: the reads of these segments, their transitions, and what the chain kept.
+    """
 
     @staticmethod
     def forward(ctx: Any, back: _Back, gate: Tensor, output: Tensor, final: Tensor, *tensors):
@@ -238,24 +266,19 @@ class _Entering(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor, grad_final: Tensor):
-        q, k, log_decay, beta, *kept = (x.detach() for x in ctx.saved_tensors)
-        op, chain = ctx.back.op, ctx.back.chain
+        chain, entered = ctx.back.chain, ctx.back.entered
+        count = len(entered)
+        tensors = ctx.saved_tensors
+        reads, through, kept = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
         grads = {}
-        for segment in ctx.back.entered:
-            parts = (x[:, segment.tokens] for x in (q, k, log_decay, beta))
-            grad = grad_final if segment.stop == ctx.seq else torch.zeros_like(grad_final)
-            info = row_info(segment.row, q.device)
-            grads[segment.link] = op.state_gradient(
-                grad_output[:, segment.tokens], grad, *parts, info
-            )
-        with full_precision(q):
+        with full_precision(grad_output):
+            for segment, read, transition in zip(entered, reads, through, strict=True):
+                grad = widen(grad_output[:, segment.tokens])
+                grads[segment.link] = torch.einsum("bthk,bthv->bhkv", widen(read), grad)
+                if segment.stop == ctx.seq:
+                    grads[segment.link] += chain.post.kind(transition).adjoint(grad_final)
             chain.start_back(grads, dict(zip(ctx.back.kept, kept, strict=True)))
         if not ctx.needs_input_grad[1]:  # no segment here waits for a gradient
             chain.gradients()
-        return (
-            None,
-            torch.zeros_like(grad_final[:0, 0, 0, 0]),
-            grad_output,
-            grad_final,
-            *([None] * (4 + len(kept))),
-        )
+        gate = torch.zeros_like(grad_final[:0, 0, 0, 0])
+        return None, gate, grad_output, grad_final, *[None] * len(tensors)

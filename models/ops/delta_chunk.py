@@ -4,7 +4,7 @@ Notation of Kimi Linear (arXiv 2510.26692, section 3) with beta folded in. Per c
 decay from its start and R the decay to its end:
 
     T = (I + Diag(beta) A_kk)^-1,   U = T (beta V),   W = T (beta K P)
-    V' = U - W S,   O = (Q P) S + A_qk V',   S_next = M S + B,
+    V' = U - W S,   O = (Q P) S + A_qk V' = (Q P - A_qk W) S + A_qk U,   S_next = M S + B,
     M = Diag(P_last) - (K R)^T W,   B = (K R)^T U
 
 so chunks are chained by affine maps of the state, and so is the backward, by their transposes:
@@ -97,28 +97,24 @@ class Segment:
         self.update = self.k_out.mT @ self.u
 
     def states(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """The state [batch x heads, K, V] before each chunk, [X, K, V], and after the last."""
+        """The state [batch x heads, K, V] before each chunk, [X, K, V], and after the last.
+
+        Here and in `output` a state may have further columns in front, whose values are zero.
+        """
         size = (-1, state.shape[0])
-        transitions, updates = self.transition.unflatten(0, size), self.update.unflatten(0, size)
+        transitions = self.transition.unflatten(0, size)
+        updates = _behind_zeros(self.update, state.shape[-1]).unflatten(0, size)
         before = []
         for transition, update in zip(transitions.unbind(0), updates.unbind(0), strict=True):
             before.append(state)
             state = torch.baddbmm(update, transition, state)
         return torch.cat(before), state
 
-    def compose(self, transition: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
-        """The segment's map behind an earlier one, [batch x heads, K, K] and [..., K, V]."""
-        size = (-1, update.shape[0])
-        chunks = self.transition.unflatten(0, size), self.update.unflatten(0, size)
-        for through, written in zip(*(x.unbind(0) for x in chunks), strict=True):
-            transition = through @ transition
-            update = torch.baddbmm(written, through, update)
-        return transition, update
-
     def output(self, states: Tensor) -> Tensor:
         """[X, C, V]."""
-        written = torch.baddbmm(self.u, self.w, states, alpha=-1)
-        return torch.baddbmm(self.q_in @ states, self.qk, written)
+        reads = torch.baddbmm(self.q_in, self.qk, self.w, alpha=-1)
+        written = _behind_zeros(self.qk @ self.u, states.shape[-1])
+        return torch.baddbmm(written, reads, states)
 
     def backward(
         self, states: Tensor, grad_output: Tensor, grad_state: Tensor
@@ -158,10 +154,6 @@ class Segment:
         grads = Inputs(grad_q, grad_k, beta * from_u, grad_log_decay, grad_beta.unsqueeze(-1))
         return grads, grad_state
 
-    def state_gradient(self, grad_output: Tensor, grad_state: Tensor) -> Tensor:
-        """Gradient of the state that entered alone, as `backward` would give it."""
-        return self._states_backward(grad_output, self.qk.mT @ grad_output, grad_state)[1]
-
     def _states_backward(
         self, grad_output: Tensor, grad_written: Tensor, grad_state: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -177,3 +169,8 @@ class Segment:
             after.append(grad_state)
             grad_state = torch.baddbmm(grad, transition.mT, grad_state)
         return torch.cat(after[::-1]), grad_state
+
+
+def _behind_zeros(x: Tensor, columns: int) -> Tensor:
+    missing = columns - x.shape[-1]
+    return torch.nn.functional.pad(x, (missing, 0)) if missing else x

@@ -6,14 +6,15 @@ Kimi Linear, arXiv 2510.26692; WY form of the chunks as in Gated DeltaNet, arXiv
 `TokenLoopDeltaRule` is the definition. `ChunkedDeltaRule` is its fast form in plain PyTorch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from models.ops.delta_chunk import Inputs, Segment, cut, join
 from models.precision import full_precision, widen
-from models.sequence import LinearRecurrence, Recurrent, SequenceInfo
+from models.sequence import LinearRecurrence, Recurrent, Response, SequenceInfo
 from models.transition import DenseTransition
 
 
@@ -70,57 +71,39 @@ class ChunkedDeltaRule(LinearRecurrence):
         *,
         initial_state: Tensor | None = None,
     ) -> Recurrent:
-        dtype = v.dtype
         with full_precision(q):
-            tensors = [widen(x) for x in (q, k, v, log_decay, beta)]
-            state = _initial(initial_state, tensors[1], tensors[2])
-            output, state = _Chunked.apply(
-                *tensors, state, info.starts, self.chunk, self.segment * self.chunk
-            )
-        return Recurrent(output.to(dtype), state)
+            inputs = tuple(widen(x) for x in (q, k, v, log_decay, beta))
+            state = _initial(initial_state, inputs[1], inputs[2])
+            output, final = _Chunked.apply(*inputs, state, self._grid(info), None)
+        return Recurrent(output.to(v.dtype), final)
 
-    def summary(
-        self, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, info: SequenceInfo
-    ) -> tuple[DenseTransition, Tensor]:
-        """Composes the maps of the chunks: no outputs. Without gradients."""
-        with full_precision(k), torch.no_grad():
-            k, v, log_decay, beta = (widen(x) for x in (k, v, log_decay, beta))
-            update = _initial(None, k, v).flatten(0, 1)
-            eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
-            transition = eye.expand(len(update), -1, -1)
-            for work, _ in self._segments((k, k, v, log_decay, beta), info):
-                transition, update = work.compose(transition, update)
-        state = (k.shape[0], k.shape[2])
-        return DenseTransition(transition.unflatten(0, state)), update.unflatten(0, state)
-
-    def state_gradient(
+    @torch.compiler.disable
+    def response(
         self,
-        grad_output: Tensor,
-        grad_state: Tensor,
         q: Tensor,
         k: Tensor,
+        v: Tensor,
         log_decay: Tensor,
         beta: Tensor,
         info: SequenceInfo,
-    ) -> Tensor:
-        """The reverse scan of the backward alone. Without gradients."""
-        with full_precision(q), torch.no_grad():
-            inputs = tuple(widen(x) for x in (q, k, grad_output, log_decay, beta))
-            grad = widen(grad_state).flatten(0, 1)
-            for work, part in self._segments(inputs, info, backwards=True):
-                grad = work.state_gradient(cut(inputs[2][:, part], self.chunk), grad)
-        return grad.view_as(grad_state)
+    ) -> Response:
+        """One pass, to whose results `enter` adds what the state makes of them."""
+        grid = self._grid(info)
+        with full_precision(q):
+            inputs = tuple(widen(x) for x in (q, k, v, log_decay, beta))
+            with torch.no_grad():
+                affine = _Affine.of(inputs, grid)
 
-    def _segments(
-        self, inputs: tuple[Tensor, ...], info: SequenceInfo, *, backwards: bool = False
-    ) -> Iterator[tuple[Segment, slice]]:
-        parts = _parts(inputs[0].shape[1], self.segment * self.chunk)
-        for part in reversed(parts) if backwards else parts:
-            yield _segment(inputs, info.positions == 0, part, self.chunk), part
+        def enter(state: Tensor) -> Recurrent:
+            with full_precision(q):
+                output, final = _Chunked.apply(*inputs, state.to(inputs[1]), grid, affine)
+            return Recurrent(output.to(v.dtype), final)
 
+        through = affine.through[-1].clone()  # not the whole pass
+        return Response(affine.reads, DenseTransition(through), affine.written[-1], enter)
 
-def _parts(seq: int, segment: int) -> list[slice]:
-    return [slice(i, min(i + segment, seq)) for i in range(0, seq, segment)]
+    def _grid(self, info: SequenceInfo) -> "_Grid":
+        return _Grid(info.starts, self.chunk, self.segment * self.chunk)
 
 
 def _initial(state: Tensor | None, k: Tensor, v: Tensor) -> Tensor:
@@ -129,44 +112,93 @@ def _initial(state: Tensor | None, k: Tensor, v: Tensor) -> Tensor:
     return k.new_zeros(k.shape[0], k.shape[2], k.shape[3], v.shape[3])
 
 
+class _Grid(NamedTuple):
+    """How a row is cut into segments of chunks."""
+
+    starts: Tensor  # [batch, seq] bool, document starts
+    chunk: int  # tokens
+    segment: int  # tokens
+
+    def parts(self) -> list[slice]:
+        seq = self.starts.shape[1]
+        return [slice(i, min(i + self.segment, seq)) for i in range(0, seq, self.segment)]
+
+    def work(self, inputs: Sequence[Tensor], part: slice) -> Segment:
+        tokens = Inputs(*(cut(x[:, part], self.chunk) for x in inputs))
+        return Segment(tokens, self.starts[:, part], inputs[0].shape[2])
+
+
+def _scan(
+    inputs: Sequence[Tensor], grid: _Grid, state: Tensor
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The output of every segment, the states before them, [segments, *state], and the last one."""
+    batch, _, heads, _ = inputs[0].shape
+    outputs, before = [], []
+    for part in grid.parts():
+        work = grid.work(inputs, part)
+        before.append(state)
+        states, after = work.states(state.flatten(0, 1))
+        outputs.append(join(work.output(states), batch, heads, part.stop - part.start))
+        state = after.view_as(state)
+    return outputs, torch.stack(before), state
+
+
+class _Affine(NamedTuple):
+    """A scan from the state [I, 0], of which the columns of I have no values: what comes of these
+    is the linear part, what comes of the others the constant one."""
+
+    reads: Tensor  # [batch, seq, heads, key_dim]
+    output: Tensor  # [batch, seq, heads, value_dim]
+    # Before the segments and after the last one, [segments + 1, batch, heads, key_dim, ...]
+    through: Tensor  # ..., key_dim]
+    written: Tensor  # ..., value_dim]
+
+    @classmethod
+    def of(cls, inputs: Sequence[Tensor], grid: _Grid) -> "_Affine":
+        _, k, v, *_ = inputs
+        (batch, _, heads, key_dim), value_dim = k.shape, v.shape[3]
+        columns = key_dim, value_dim
+        eye = torch.eye(key_dim, sum(columns), dtype=k.dtype, device=k.device)
+        outputs, before, final = _scan(inputs, grid, eye.repeat(batch, heads, 1, 1))
+        reads, output = zip(*(x.split(columns, dim=-1) for x in outputs), strict=True)
+        states = torch.cat((before, final.unsqueeze(0))).split(columns, dim=-1)
+        return cls(torch.cat(reads, dim=1), torch.cat(output, dim=1), *states)
+
+    def enter(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Output, states before the segments and the last one, from this state."""
+        states = self.written + self.through @ state
+        output = self.output + torch.einsum("bthk,bhkv->bthv", self.reads, state)
+        return output, states[:-1], states[-1]
+
+
 class _Chunked(torch.autograd.Function):
     """Segment after segment; the backward in reverse, each segment computed again."""
 
     @staticmethod
-    def forward(ctx, q, k, v, log_decay, beta, state, starts, chunk, segment):
+    def forward(ctx, q, k, v, log_decay, beta, state, grid, affine):
+        """affine: of the same inputs and grid, where it is known."""
         inputs = (q, k, v, log_decay, beta)
-        batch, seq, heads, _ = q.shape
-        ctx.parts = _parts(seq, segment)
-        ctx.chunk = chunk
-        entering, outputs = [], []
-        final = state.flatten(0, 1)
-        for part in ctx.parts:
-            work = _segment(inputs, starts, part, chunk)
-            entering.append(final)
-            states, final = work.states(final)
-            outputs.append(join(work.output(states), batch, heads, part.stop - part.start))
-        ctx.save_for_backward(*inputs, starts, *entering)
-        return torch.cat(outputs, dim=1), final.view_as(state)
+        if affine is None:
+            outputs, before, final = _scan(inputs, grid, state)
+            output = torch.cat(outputs, dim=1)
+        else:
+            output, before, final = affine.enter(state)
+        ctx.grid = grid
+        ctx.save_for_backward(*inputs, before)
+        return output, final
 
     @staticmethod
     def backward(ctx, grad_output, grad_state):
-        q, k, v, log_decay, beta, starts, *entering = ctx.saved_tensors
-        inputs = (q, k, v, log_decay, beta)
-        batch, _, heads, _ = q.shape
+        *inputs, before = ctx.saved_tensors
+        batch, _, heads, _ = inputs[0].shape
         grads = [torch.empty_like(x) for x in inputs]
         grad_final = grad_state.flatten(0, 1)
-        for part, state in zip(reversed(ctx.parts), reversed(entering), strict=True):
-            work = _segment(inputs, starts, part, ctx.chunk)
-            states, _ = work.states(state)
-            grad = cut(grad_output[:, part], ctx.chunk)
+        for part, state in zip(reversed(ctx.grid.parts()), reversed(before.unbind(0)), strict=True):
+            work = ctx.grid.work(inputs, part)
+            states, _ = work.states(state.flatten(0, 1))
+            grad = cut(grad_output[:, part], ctx.grid.chunk)
             segment_grads, grad_final = work.backward(states, grad, grad_final)
             for grad, piece in zip(grads, segment_grads, strict=True):
                 piece = join(piece, batch, heads, part.stop - part.start)
                 grad[:, part] = piece if grad.dim() == 4 else piece.squeeze(-1)
-        return *grads, grad_final.view_as(grad_state), None, None, None
-
-
-def _segment(inputs: tuple[Tensor, ...], starts: Tensor, part: slice, chunk: int) -> Segment:
-    return Segment(
-        Inputs(*(cut(x[:, part], chunk) for x in inputs)), starts[:, part], inputs[0].shape[2]
-    )
+        return *grads, grad_final.view_as(grad_state), None, None

@@ -61,26 +61,26 @@ class VarlenSoftmax(TiledSoftmax):
         """(dq, dk, dv) under the given output and lse."""
 
     def block(self, q, k, v, info, key_info, *, scale=None, **masks):
-        whole = whole_documents(info.fragments, key_info.fragments, q.device)
+        whole = whole_documents(info.fragments, key_info.fragments, q.device, causal=self.causal)
         if whole is None:
             return super().block(q, k, v, info, key_info, scale=scale, **masks)
         self.refuse(masks)
         v_dim, scale = v.shape[-1], scale or q.shape[-1] ** -0.5
         padded = self._equal_dims(q, k, v)
-        output, lse = self._forward(*padded, whole, whole, True, scale)
+        output, lse = self._forward(*padded, whole, whole, self.causal, scale)
         return output[..., :v_dim], lse
 
     def block_backward(
         self, grad_output, q, k, v, output, lse, info, key_info, *, scale=None, **masks
     ):
-        whole = whole_documents(info.fragments, key_info.fragments, q.device)
+        whole = whole_documents(info.fragments, key_info.fragments, q.device, causal=self.causal)
         if whole is None:
             saved = (grad_output, q, k, v, output, lse)
             return super().block_backward(*saved, info, key_info, scale=scale, **masks)
         self.refuse(masks)
         dims, scale = (q.shape[-1], k.shape[-1], v.shape[-1]), scale or q.shape[-1] ** -0.5
         q, k, v, grad, output = self._equal_dims(q, k, v, grad_output, output)
-        grads = self._backward(grad, q, k, v, output, lse, whole, whole, True, scale)
+        grads = self._backward(grad, q, k, v, output, lse, whole, whole, self.causal, scale)
         return tuple(x[..., :dim] for x, dim in zip(grads, dims, strict=True))
 
     def tile(self, q, k, v, causal, scale):
@@ -122,15 +122,20 @@ def whole_documents(
     rows: tuple[tuple[Fragment, ...], ...],
     key_rows: tuple[tuple[Fragment, ...], ...],
     device: torch.device,
+    *,
+    causal: bool,
 ) -> Lengths | None:
-    """The sequences of the flattened batch if every token sees just those before it in its own
-    unbroken stretch; None if there is more to it."""
+    """The sequences of the flattened batch if every token sees just its own one, or if `causal`
+    just what comes before it there; None if there is more to it."""
     stops = [0]
     for row, key_row in zip(rows, key_rows, strict=True):
-        plan, seq = tiles(row, key_row), sum(fragment.length for fragment in row)
+        plan, seq = tiles(row, key_row, causal=causal), sum(fragment.length for fragment in row)
         ends = [0, *(tile.q_stop for tile in plan)]
         squares = [(start, stop, start, stop) for start, stop in pairwise(ends)]
         if [tile[:4] for tile in plan] != squares or ends[-1] != seq:
+            return None
+        # Keys that all come before as many queries make a square too; a single pair is in order.
+        if not all(tile.causal == causal or tile.q_stop - tile.q_start == 1 for tile in plan):
             return None
         if seq != sum(fragment.length for fragment in key_row):
             return None

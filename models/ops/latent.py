@@ -14,7 +14,7 @@ from models.sequence import LatentAttention, SequenceInfo, SoftmaxAttention
 
 class MaterialisedLatent(LatentAttention):
     """Up-projects keys and values and attends with `softmax`; queries that are few against their
-    keys, as in decoding, attend to the latents themselves instead.
+    keys, as in decoding, attend to the latents themselves instead. Causal if `softmax` is.
 
     The absorbed form maps the queries through the key half of the up-projection and the mixed
     latents through its value half, so keys are never up-projected. It runs on the definition of
@@ -24,7 +24,7 @@ class MaterialisedLatent(LatentAttention):
     def __init__(self, softmax: SoftmaxAttention) -> None:
         super().__init__()
         self.softmax = softmax
-        self.few_queries = EinsumSoftmax()
+        self.few_queries = EinsumSoftmax(causal=softmax.causal)
 
     def forward(
         self,

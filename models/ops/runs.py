@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
+from operator import attrgetter
 from typing import TypeVar
 
 from models.sequence import Fragment
@@ -46,6 +47,13 @@ def runs(row: tuple[Fragment, ...]) -> tuple[Run, ...]:
             joined.append(run)
         start = run.stop
     return tuple(joined)
+
+
+def unordered_runs(row: tuple[Fragment, ...]) -> tuple[Run, ...]:
+    """`runs` where the order of tokens does not matter: neighbours of one document are joined, even
+    behind a gap, under the index and position of the first."""
+    groups = (list(group) for _, group in groupby(runs(row), key=attrgetter("document")))
+    return tuple(replace(group[0], stop=group[-1].stop) for group in groups)
 
 
 def grouped_rows(plans: Sequence[T]) -> Iterator[tuple[slice, T]]:

@@ -24,7 +24,7 @@ UP_TO_FP32 = (*NARROW, torch.float32)
 class Choice(NamedTuple):
     op: str
     name: str
-    build: Callable[[], Any]
+    build: Callable[..., Any]
     device: str | None = None  # None: any
     package: str | None = None  # import name
     dtypes: tuple[torch.dtype, ...] | None = None  # that it keeps the precision of; None: any
@@ -80,11 +80,11 @@ class Ops:
         asked = {"softmax": softmax, "delta_rule": delta_rule, "conv": conv, "experts": experts}
         self._chosen = {op: _choose(op, name, device, dtype) for op, name in asked.items()}
 
-    def softmax(self) -> SoftmaxAttention:
-        return self._chosen["softmax"].build()
+    def softmax(self, *, causal: bool = True) -> SoftmaxAttention:
+        return self._chosen["softmax"].build(causal=causal)
 
-    def latent(self) -> LatentAttention:
-        return MaterialisedLatent(self.softmax())
+    def latent(self, *, causal: bool = True) -> LatentAttention:
+        return MaterialisedLatent(self.softmax(causal=causal))
 
     def delta_rule(self) -> LinearRecurrence:
         return self._chosen["delta_rule"].build()

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.ops.runs import Run, grouped_rows, runs
+from models.ops.runs import Run, grouped_rows, runs, unordered_runs
 from models.precision import autocast, full_precision, widen
 from models.sequence import Fragment, SequenceInfo, SoftmaxAttention, Visibility
 
@@ -41,7 +41,7 @@ class EinsumSoftmax(SoftmaxAttention):
 
     def block(self, q, k, v, info, key_info, **kwargs) -> tuple[Tensor, Tensor]:
         with full_precision(q):
-            scores = _scores(q, k, info, key_info, **kwargs)
+            scores = _scores(q, k, info, key_info, causal=self.causal, **kwargs)
             top = scores.detach().amax(-1, keepdim=True)
             # A row without keys: exp(-inf - 0) is 0 with gradient 0, exp(-inf + inf) would be NaN.
             top = top.masked_fill(top == -math.inf, 0)
@@ -55,7 +55,7 @@ class EinsumSoftmax(SoftmaxAttention):
     def block_backward(self, grad_output, q, k, v, output, lse, info, key_info, **kwargs):
         kv_heads, scale = k.shape[2], kwargs.get("scale") or q.shape[-1] ** -0.5
         with full_precision(q):
-            scores = _scores(q, k, info, key_info, **kwargs)
+            scores = _scores(q, k, info, key_info, causal=self.causal, **kwargs)
             grad = widen(grad_output)
             lse = widen(lse).masked_fill(lse == -math.inf, 0).transpose(1, 2)
             weights = (scores - lse.unflatten(1, (kv_heads, -1)).unsqueeze(-1)).exp()
@@ -76,6 +76,7 @@ def _scores(
     info: SequenceInfo,
     key_info: SequenceInfo,
     *,
+    causal: bool,
     scale: float | None = None,
     window: int | None = None,
     visibility: Visibility | None = None,
@@ -86,9 +87,11 @@ def _scores(
     index, key_index = info.index.unsqueeze(-1), key_info.index.unsqueeze(-2)
     document = (info.index - info.positions).unsqueeze(-1)
     key_document = (key_info.index - key_info.positions).unsqueeze(-2)
-    seen = (document == key_document) & (key_index <= index)  # [B, S, key S]
+    seen = document == key_document  # [B, S, key S]
+    if causal:
+        seen &= key_index <= index
     if window is not None:
-        seen &= index - key_index < window
+        seen &= (index - key_index).abs() < window
     seen = seen[:, None, None]
     if visibility is not None:
         own = visibility.query_block.unsqueeze(-1) == visibility.key_block.unsqueeze(-2)
@@ -151,16 +154,21 @@ class Tile(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def tiles(row: tuple[Fragment, ...], key_row: tuple[Fragment, ...]) -> tuple[Tile, ...]:
+def tiles(
+    row: tuple[Fragment, ...], key_row: tuple[Fragment, ...], *, causal: bool
+) -> tuple[Tile, ...]:
     """All that the queries of a row see of its keys, ordered by queries."""
+    stretches = runs if causal else unordered_runs
     keys = defaultdict(list)
-    for run in runs(key_row):
+    for run in stretches(key_row):
         keys[run.document].append(run)
-    pairs = ((run, key_run) for run in runs(row) for key_run in keys[run.document])
-    return tuple(sorted(tile for pair in pairs for tile in _tiles(*pair)))
+    pairs = [(run, key_run) for run in stretches(row) for key_run in keys[run.document]]
+    if not causal:
+        return tuple(sorted(Tile(q.start, q.stop, k.start, k.stop) for q, k in pairs))
+    return tuple(sorted(tile for pair in pairs for tile in _causal_tiles(*pair)))
 
 
-def _tiles(q: Run, k: Run) -> list[Tile]:
+def _causal_tiles(q: Run, k: Run) -> list[Tile]:
     """At most three: keys before the diagonal, the square on it, queries behind all the keys."""
     to_q, to_k = q.start - q.index, k.start - k.index  # from global index to row
     q_end, k_end = q.stop - to_q, k.stop - to_k
@@ -221,7 +229,7 @@ class TiledSoftmax(BlockSoftmax):
         self.refuse(masks)
         v_dim, scale = v.shape[-1], scale or q.shape[-1] ** -0.5
         q, k, v = self._equal_dims(q, k, v)
-        plans = [tiles(*rows) for rows in zip(info.fragments, key_info.fragments, strict=True)]
+        plans = self._plans(info, key_info)
         merges = any(a.q_stop > b.q_start for plan in plans for a, b in pairwise(plan))
         output = (widen(q[:0]) if merges else q).new_zeros(q.shape)
         lse = widen(q[:0]).new_full(q.shape[:-1], -math.inf)
@@ -241,7 +249,7 @@ class TiledSoftmax(BlockSoftmax):
         self.refuse(masks)
         dims, scale = (q.shape[-1], k.shape[-1], v.shape[-1]), scale or q.shape[-1] ** -0.5
         q, k, v, grad, output = self._equal_dims(q, k, v, grad_output, output)
-        plans = [tiles(*rows) for rows in zip(info.fragments, key_info.fragments, strict=True)]
+        plans = self._plans(info, key_info)
         grads = [widen(x[:0]).new_zeros(x.shape) for x in (q, k, v)]
         for rows, plan in grouped_rows(plans):
             for tile in plan:
@@ -251,6 +259,10 @@ class TiledSoftmax(BlockSoftmax):
                 for total, where, part in zip(grads, (at, key_at, key_at), parts, strict=True):
                     total[where] += part
         return tuple(x[..., :dim].to(q.dtype) for x, dim in zip(grads, dims, strict=True))
+
+    def _plans(self, info: SequenceInfo, key_info: SequenceInfo) -> list[tuple[Tile, ...]]:
+        rows = zip(info.fragments, key_info.fragments, strict=True)
+        return [tiles(row, key_row, causal=self.causal) for row, key_row in rows]
 
     def _equal_dims(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Zero-padded to one head dim: zeros change neither scores nor the rest of the output."""

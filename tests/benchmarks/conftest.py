@@ -42,6 +42,7 @@ def settings(**changed) -> Settings:
         "peer_max_tokens": 16,
         "baselines": [],
         "parts": ["softmax"],
+        "masks": ["causal"],
         "schemes": ["ring"],
         "layouts": ["zigzag"],
         "histograms": [],

@@ -12,7 +12,7 @@ from benchmarks.attention import SCHEMES
 from benchmarks.context import Step, error
 from benchmarks.documents import HISTOGRAMS, document_lengths
 from benchmarks.job import Job
-from benchmarks.parts import Draw, Shared
+from benchmarks.parts import Draw, Shared, build_part
 from benchmarks.report import Row
 from benchmarks.settings import Part, Scheme
 from models.sequence import Fragment
@@ -88,22 +88,36 @@ def suite_rows(monkeypatch: pytest.MonkeyPatch, **changed) -> list[Row]:
 
 def test_every_part_on_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = list(get_args(Part))
-    found = suite_rows(
-        monkeypatch, parts=parts, schemes=[], histograms=["medium"], dtypes=["fp32", "bf16"]
+    rows = suite_rows(
+        monkeypatch,
+        parts=parts,
+        masks=["full", "causal"],
+        schemes=[],
+        histograms=["medium"],
+        dtypes=["fp32", "bf16"],
     )
-    unsupported, rows = found[:2], found[2:]
-    assert [row["mask"] for row in unsupported] == ["full", "full document"]
-    assert {row["note"] for row in unsupported} == {"not supported: causal only"}
     assert [(row["mask"], row["part"], row["dtype"]) for row in rows] == [
         (mask, part, dtype)
-        for mask in ("causal", "causal document")
+        for mask in ("full", "causal", "full document", "causal document")
         for part in parts
-        for dtype in ("fp32", "bf16")
+        for dtype in (["fp32"] if left_out(mask, part) else ["fp32", "bf16"])
     ]
     for row in rows:
+        if left_out(row["mask"], row["part"]):
+            assert "causal by definition" in row["note"] and "seconds" not in row
+            continue
         least, most = (0, 1e-4) if row["dtype"] == "fp32" else (1e-4, 0.2)
         assert least < row["error"] < most, row
         assert row["comm_bytes"] == 0 and row["imbalance"] == 1
+
+
+def left_out(mask: str, part: str) -> bool:
+    return mask.startswith("full") and part in ("kda", "hybrid")
+
+
+def test_a_recurrence_under_a_full_mask_is_refused() -> None:
+    with pytest.raises(ValueError, match="kda under a full mask: a recurrence is causal"):
+        build_part("kda", tiny(), None, None, "full")  # type: ignore[arg-type]
 
 
 def test_every_scheme_is_measured_somewhere() -> None:
@@ -113,13 +127,13 @@ def test_every_scheme_is_measured_somewhere() -> None:
 
 def test_two_and_four_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = suite_rows(monkeypatch, parts=["softmax", "kda"], schemes=["usp", "state_passing"])
-    assert [(row.get("scheme"), row["ranks"]) for row in rows[2:]] == [
+    assert [(row.get("scheme"), row["ranks"]) for row in rows] == [
         ("single", 1),
         ("usp", 4),
         ("single", 1),
         ("state_passing", 2),
     ]
-    for row in rows[2:]:
+    for row in rows:
         assert row["error"] < 1e-4 and row["imbalance"] == 1
     *_, usp, _, passing = rows
     assert passing["comm_bytes"] == states_bytes(KDA, links(2), size=4).total
@@ -129,6 +143,17 @@ def test_two_and_four_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     half = dataclasses.replace(GQA, heads=2, kv_heads=1)
     rings = [softmax_bytes(half, planned("ring", pairs, rank), size=4).total for rank in range(2)]
     assert usp["comm_bytes"] == heads.total + max(rings)
+
+
+def test_a_full_mask_on_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first rank sees the second, and does as much."""
+    _, row = suite_rows(monkeypatch, masks=["full"], schemes=["gather"], layouts=["contiguous"])
+    peers = plan_layout([Fragment(LENGTH, 0)], ranks=2, strategy="contiguous").ranks
+    assert row["mask"] == "full" and row["error"] < 1e-4 and row["imbalance"] == 1
+    assert (
+        row["comm_bytes"]
+        == softmax_bytes(GQA, planned("gather", peers, 0, causal=False), size=4).total
+    )
 
 
 def test_ratios_are_to_one_rank() -> None:

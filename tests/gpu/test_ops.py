@@ -38,6 +38,7 @@ PAIRS = {
     "cut": (CUT, CUT),
     "decoding": (SequenceInfo.span(2, 150, 151), SequenceInfo.span(2, 0, 151)),
     "prefill": (SequenceInfo.span(2, 100, 151), SequenceInfo.span(2, 0, 151)),
+    "before": (SequenceInfo.span(2, 100, 200), SequenceInfo.span(2, 0, 100)),
 }
 
 
@@ -59,23 +60,25 @@ def within_budget(kernel, definition, exact: list[Tensor], dtypes: list[torch.dt
         assert error <= allowed, f"tensor {i}: {error} of {z.norm()}, allowed {allowed}"
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dims", [(64, 64), (192, 128), (20, 12)])
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("name", ["aten", pytest.param("flash", marks=needs("flash_attn"))])
-def test_softmax(name, pair, dims):
+def test_softmax(name, pair, dims, causal):
     info, key_info = (x.to(DEVICE) for x in PAIRS[pair])
     (batch, seq), key_seq = info.shape, key_info.shape[1]
     shapes = (batch, seq, 4, dims[0]), (batch, key_seq, 2, dims[0]), (batch, key_seq, 2, dims[1])
-    op = Ops(softmax=name, device=DEVICE).softmax()
+    op = Ops(softmax=name, device=DEVICE).softmax(causal=causal)
+    definition = EinsumSoftmax(causal=causal)
     within_budget(
         lambda *x: op(*x, info, key_info=key_info),
-        lambda *x: EinsumSoftmax()(*x, info, key_info=key_info),
+        lambda *x: definition(*x, info, key_info=key_info),
         random_tensors(*shapes, device=DEVICE),
         [BF16] * 3,
     )
     q, k, v = random_tensors(*shapes, dtype=BF16, device=DEVICE)
     lse = op.block(q, k, v, info, key_info)[1]
-    expected = EinsumSoftmax().block(q, k, v, info, key_info)[1]
+    expected = definition.block(q, k, v, info, key_info)[1]
     torch.testing.assert_close(lse, expected, rtol=1e-4, atol=1e-3)
 
 
@@ -102,12 +105,12 @@ def test_conv(name, info):
     )
 
 
-@pytest.mark.parametrize("name", ["chunked", pytest.param("fla", marks=needs("fla"))])
-@pytest.mark.parametrize(
-    "info", [PACKED, CUT, SequenceInfo.span(2, 5, 205)], ids=["packed", "cut", "continued"]
-)
-def test_delta_rule(name, info):
-    info = info.to(DEVICE)
+DELTA_RULES = ["chunked", pytest.param("fla", marks=needs("fla"))]
+DELTA_DTYPES = [BF16] * 3 + [FP32] * 3
+
+
+def delta_rule_inputs(info: SequenceInfo) -> list[Tensor]:
+    """q, k, v, log_decay, beta and an initial state."""
     (batch, seq), heads, dim = info.shape, 3, 64
     q, k, v, log_decay, beta, state = random_tensors(
         *[(batch, seq, heads, dim)] * 4,
@@ -117,13 +120,41 @@ def test_delta_rule(name, info):
     )
     exact = [F.normalize(q, dim=-1) * dim**-0.5, F.normalize(k, dim=-1), v]
     exact += [-F.softplus(log_decay - 2), beta.sigmoid(), state]
-    exact = [x.detach().requires_grad_() for x in exact]
+    return [x.detach().requires_grad_() for x in exact]
 
-    def run(op):
+
+@pytest.mark.parametrize("name", DELTA_RULES)
+@pytest.mark.parametrize(
+    "info", [PACKED, CUT, SequenceInfo.span(2, 5, 205)], ids=["packed", "cut", "continued"]
+)
+def test_delta_rule(name, info):
+    info = info.to(DEVICE)
+
+    def first(op):
         return lambda *x: op(*x[:5], info, initial_state=x[5])
 
-    op = Ops(delta_rule=name, device=DEVICE).delta_rule()
-    within_budget(run(op), run(TokenLoopDeltaRule()), exact, [BF16] * 3 + [FP32] * 3)
+    def later(op):
+        return lambda *x: op.response(*x[:5], info).enter(x[5])
+
+    op, exact = Ops(delta_rule=name, device=DEVICE).delta_rule(), delta_rule_inputs(info)
+    for run in (first, later):
+        within_budget(run(op), first(TokenLoopDeltaRule()), exact, DELTA_DTYPES)
+
+
+@pytest.mark.parametrize("name", DELTA_RULES)
+def test_delta_rule_before_a_state_enters(name):
+    info = SequenceInfo.span(2, 5, 205).to(DEVICE)
+
+    def run(op, tensors: list[Tensor]) -> list[Tensor]:
+        response = op.response(*tensors[:5], info)
+        return [response.reads, response.transition.tensor, response.update]
+
+    exact = delta_rule_inputs(info)
+    rounded = [x.detach().to(dtype) for x, dtype in zip(exact, DELTA_DTYPES, strict=True)]
+    got = run(Ops(delta_rule=name, device=DEVICE).delta_rule(), rounded)
+    budget, truth = run(TokenLoopDeltaRule(), rounded), run(TokenLoopDeltaRule(), exact)
+    for x, y, z in zip(got, budget, truth, strict=True):
+        assert (x - z).norm() <= 2 * (y - z).norm()
 
 
 def test_experts():

@@ -53,10 +53,12 @@ def worst(got: list[Tensor], expected: list[Tensor], info: SequenceInfo) -> floa
     return max(error.item() for error in errors)
 
 
-def errors(ops: list[SoftmaxAttention], peers: tuple[Row, ...], heads, rank: int) -> list[float]:
+def errors(
+    ops: list[SoftmaxAttention], peers: tuple[Row, ...], heads, rank: int, *, causal: bool = True
+) -> list[float]:
     """Of each op on this rank, against the definition on the whole sequence."""
     tensors, info = inputs(peers, heads), rank_info(peers, rank)
-    expected = attend(EinsumSoftmax(), tensors, whole(peers))
+    expected = attend(EinsumSoftmax(causal=causal), tensors, whole(peers))
     return [
         worst(attend(op, [local(x, info) for x in tensors], info), expected, info) for op in ops
     ]

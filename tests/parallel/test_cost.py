@@ -112,20 +112,32 @@ def check_plans(axis: Axis) -> None:
             assert counted(op, axis, shape, info, torch.float64) == expected, (op, peers)
 
 
-def predictions(
-    axis: Axis, peers: tuple[Row, ...]
-) -> list[tuple[nn.Module, Callable[[int], tuple[Shape, Bytes]]]]:
-    softmax, latent = EinsumSoftmax(), MaterialisedLatent(EinsumSoftmax())
+Predictions = list[tuple[nn.Module, Callable[[int], tuple[Shape, Bytes]]]]
+
+
+def attention(axis: Axis, peers: tuple[Row, ...], *, causal: bool) -> Predictions:
+    softmax = EinsumSoftmax(causal=causal)
+    latent = MaterialisedLatent(softmax)
 
     def of_softmax(outer):
-        return lambda rank: (SOFTMAX, softmax_bytes(SOFTMAX, planned(outer, peers, rank), size=8))
+        return lambda rank: (
+            SOFTMAX,
+            softmax_bytes(SOFTMAX, planned(outer, peers, rank, causal=causal), size=8),
+        )
 
     def of_latent(outer):
         return lambda rank: (
             LATENT,
-            latent_bytes(LATENT, planned(outer, peers, rank), outer, size=8),
+            latent_bytes(LATENT, planned(outer, peers, rank, causal=causal), outer, size=8),
         )
 
+    return [
+        *((SCHEMES["softmax"][o](softmax, axis=axis), of_softmax(o)) for o in OUTERS),
+        *((SCHEMES["latent"][o](latent, axis=axis), of_latent(o)) for o in OUTERS),
+    ]
+
+
+def predictions(axis: Axis, peers: tuple[Row, ...]) -> Predictions:
     def of_states(rank):
         return RECURRENCE, states_bytes(RECURRENCE, planned_links(peers, rank), size=8)
 
@@ -133,8 +145,8 @@ def predictions(
         return CONV, halo_bytes(CONV, planned_halo(peers, rank, reach=CONV.width - 1), size=8)
 
     return [
-        *((SCHEMES["softmax"][o](softmax, axis=axis), of_softmax(o)) for o in OUTERS),
-        *((SCHEMES["latent"][o](latent, axis=axis), of_latent(o)) for o in OUTERS),
+        *attention(axis, peers, causal=True),
+        *attention(axis, peers, causal=False),
         (StatePassing(TokenLoopDeltaRule(), axis=axis), of_states),
         (HaloExchange(ShiftedConv(), axis=axis), of_halo),
     ]
@@ -173,8 +185,10 @@ def check_heads(axis: Axis) -> None:
 def test_formulas_are_the_largest_of_the_ranks(ranks: int) -> None:
     peers = one_document(ranks, 16)
     for outer in OUTERS:
+        largest = moved(outer, tokens=16, ranks=ranks)
         plans = [planned(outer, peers, rank) for rank in range(ranks)]
-        assert moved(outer, tokens=16, ranks=ranks) == tuple(map(max, zip(*plans, strict=True)))
+        assert largest == tuple(map(max, zip(*plans, strict=True)))
+        assert {largest} == {planned(outer, peers, r, causal=False) for r in range(ranks)}
     summaries = [planned_links(peers, rank) for rank in range(ranks)]
     assert links(ranks) == tuple(map(max, zip(*summaries, strict=True)))
     rows = [planned_halo(peers, rank, reach=3) for rank in range(ranks)]

@@ -25,6 +25,7 @@ HEADS, NOPE, ROPE, V_DIM, RANK = 5, 5, 2, 4, 6
 WIDTH = RANK + ROPE  # values per token that travel
 SEQ = 12  # tokens per rank, where a check makes its own layout
 MATERIALISED = MaterialisedLatent(EinsumSoftmax()), MaterialisedLatent(AtenSoftmax())
+FULL = tuple(MaterialisedLatent(kind(causal=False)) for kind in (EinsumSoftmax, AtenSoftmax))
 
 
 def two_axes(axis: Axis, ulysses: int) -> tuple[Axis, Axis]:
@@ -40,8 +41,8 @@ def two_axes(axis: Axis, ulysses: int) -> tuple[Axis, Axis]:
     return axes[0], axes[1]
 
 
-def schemes(axis: Axis) -> list[LatentScheme]:
-    definition, fused = MATERIALISED
+def schemes(axis: Axis, ops: tuple[MaterialisedLatent, ...] = MATERIALISED) -> list[LatentScheme]:
+    definition, fused = ops
     return [
         LatentRing(definition, axis=axis),
         LatentGather(fused, axis=axis),
@@ -109,11 +110,12 @@ def test_equal_one_rank_on_1_2_and_4():
 def check_parts_of_four(axis: Axis) -> None:
     pair, _ = two_axes(axis, 2)
     single, _ = two_axes(axis, 1)
-    for part in (single, pair, axis):
-        check_equal(part, schemes(part))
     ulysses, ring = two_axes(axis, 2)
-    inner = LatentRing(MATERIALISED[0], axis=ring), LatentGather(MATERIALISED[1], axis=ring)
-    check_equal(axis, [LatentUlysses(scheme, axis=ulysses) for scheme in inner])
+    for ops in (MATERIALISED, FULL):
+        for part in (single, pair, axis):
+            check_equal(part, schemes(part, ops), ops[0])
+        inner = LatentRing(ops[0], axis=ring), LatentGather(ops[1], axis=ring)
+        check_equal(axis, [LatentUlysses(scheme, axis=ulysses) for scheme in inner], ops[0])
 
 
 def test_equal_one_rank_on_3():
@@ -121,16 +123,17 @@ def test_equal_one_rank_on_3():
 
 
 def check_three(axis: Axis) -> None:
-    check_equal(axis, schemes(axis))
+    for ops in (MATERIALISED, FULL):
+        check_equal(axis, schemes(axis, ops), ops[0])
     check_mutations(axis)
     check_half_precision(axis)
 
 
-def check_equal(axis: Axis, tested: list[LatentScheme]) -> None:
+def check_equal(axis: Axis, tested: list[LatentScheme], reference: MaterialisedLatent) -> None:
     scale = 0.3 if axis.ranks == 4 else None
     for _, peers in cases(axis.ranks):
         info, tensors = rank_info(peers, axis.rank), inputs(tokens(peers))
-        expected = whole_results(tensors, peers, scale=scale)
+        expected = whole_results(tensors, peers, reference, scale)
         for scheme in tested:
             got = rank_results(scheme, tensors, info, scale)
             assert_equal(got, local(expected, info), 1e-10)
@@ -140,7 +143,9 @@ def check_mutations(axis: Axis) -> None:
     peers = place([SEQ * axis.ranks], zigzag(axis.ranks, SEQ))
     tensors = inputs(axis.ranks * SEQ, v_dim=NOPE + ROPE)  # as wide as keys, so that they can swap
     ring, gather, ulysses = schemes(axis)
+    full_ring, full_gather, _ = schemes(axis, FULL)
     mutations = (
+        (take_for_causal, [full_ring, full_gather]),
         (drop_hop, [ring]),
         (swap_gradients, [ring]),
         (lose_weight_gradient, [ring, gather]),
@@ -159,21 +164,33 @@ def found_wrong(
 ) -> bool:
     """Whether any rank sees a difference."""
     info = rank_info(peers, axis.rank)
+    reference = FULL[0] if scheme.op in FULL else MATERIALISED[0]
     got = rank_results(scheme, tensors, info)
     differs = torch.zeros(1)
     try:
-        assert_equal(got, local(whole_results(tensors, peers), info), 1e-10)
+        assert_equal(got, local(whole_results(tensors, peers, reference), info), 1e-10)
     except AssertionError:
         differs += 1
     dist.all_reduce(differs)
     return bool(differs)
 
 
+def take_for_causal(patch: pytest.MonkeyPatch) -> None:
+    """In the plans alone."""
+    for name in ("stops", "fetch", "visible"):
+        right = getattr(parallel.latent, name)
+
+        def causal_plan(peers, rank, causal, right=right):
+            return right(peers, rank, causal=True)
+
+        patch.setattr(parallel.latent, name, causal_plan)
+
+
 def drop_hop(patch: pytest.MonkeyPatch) -> None:
     right = parallel.latent.stops
 
-    def stops(*args):
-        first, second, *others = right(*args)
+    def stops(*args, **kwargs):
+        first, second, *others = right(*args, **kwargs)
         return first, second._replace(needed=False), *others
 
     patch.setattr(parallel.latent, "stops", stops)

@@ -152,7 +152,9 @@ def test_balance_on_a_long_document_and_many_short_ones():
     generator = random.Random(3)
     lengths = [generator.randint(20, 200) for _ in range(80)] + [9000]
     generator.shuffle(lengths)
-    reports = {s: plan_layout(packed(lengths), ranks=4, strategy=s).report() for s in STRATEGIES}
+    layouts = {s: plan_layout(packed(lengths), ranks=4, strategy=s) for s in STRATEGIES}
+    reports = {s: layout.report() for s, layout in layouts.items()}
+    assert layouts["balanced"].report(causal=False).imbalance < 1.02
     assert reports["balanced"].imbalance < 1.02
     assert reports["zigzag"].imbalance > 1.1 and reports["contiguous"].imbalance > 1.3
     assert 9000 / sum(lengths) <= reports["balanced"].cut < 9000 / sum(lengths) + 0.02
@@ -162,8 +164,15 @@ def test_area_counts_pairs():
     fragment = Fragment(5, 40, 3)
     assert area(fragment) == sum(position + 1 for position in range(3, 8))
     first, second = [Fragment(4, 0), Fragment(2, 4)], [Fragment(6, 6)]
-    report = TokenLayout((tuple(first), tuple(second))).report()
-    assert report == (0.0, pytest.approx(21 / ((10 + 3 + 21) / 2)), 1.5)
+    layout = TokenLayout((tuple(first), tuple(second)))
+    assert layout.report() == (0.0, pytest.approx(21 / ((10 + 3 + 21) / 2)), 1.5)
+    assert layout.report(causal=False) == (0.0, pytest.approx(36 / ((16 + 4 + 36) / 2)), 1.5)
+
+
+def test_area_without_the_causal_mask_is_the_whole_document():
+    lengths = [8, 4]
+    cut = plan_layout(packed(lengths), ranks=2, strategy="contiguous")  # 6 of the 8 | 2 and all 4
+    assert cut.report(causal=False).imbalance == pytest.approx(6 * 8 / ((64 + 16) / 2))
 
 
 def test_more_ranks_than_tokens_and_nothing_but_padding():

@@ -24,22 +24,27 @@ def test_bytes_equal_the_prediction():
 
 
 def check_bytes(axis: Axis) -> None:
+    for causal in (True, False):
+        op = AtenSoftmax(causal=causal)
+        for case, peers in cases(axis.ranks):
+            if not case.endswith(("one", "many")):
+                check_tokens(axis, op, peers)
+        check_formulas(axis, op)
+        check_silence(axis, op)
+
+
+def check_tokens(axis: Axis, op: SoftmaxAttention, peers: tuple[Row, ...]) -> None:
     heads, token = (8, 4), 4 * (DIM + V_DIM)  # values of K and V per token
-    for case, peers in cases(axis.ranks):
-        if case.endswith(("one", "many")):
-            continue
-        run_bf16(SCHEMES["ring"](AtenSoftmax(), axis), peers, heads, axis.rank)
-        forward, keys, gradients = ring_tokens(peers, axis.rank)
-        assert axis.traffic.take() == predicted(
-            "shift", 2 * token * forward, 2 * token * keys + 4 * token * gradients
-        ), case
-        run_bf16(SCHEMES["gather"](AtenSoftmax(), axis), peers, heads, axis.rank)
-        read, lent = gather_tokens(peers, axis.rank)
-        assert axis.traffic.take() == predicted(
-            "all_to_all", 2 * token * read, 2 * token * read + 4 * token * lent
-        ), case
-    check_formulas(axis)
-    check_silence(axis)
+    run_bf16(SCHEMES["ring"](op, axis), peers, heads, axis.rank)
+    forward, keys, gradients = ring_tokens(peers, axis.rank, op.causal)
+    assert axis.traffic.take() == predicted(
+        "shift", 2 * token * forward, 2 * token * keys + 4 * token * gradients
+    ), (op.causal, peers)
+    run_bf16(SCHEMES["gather"](op, axis), peers, heads, axis.rank)
+    read, lent = gather_tokens(peers, axis.rank, op.causal)
+    assert axis.traffic.take() == predicted(
+        "all_to_all", 2 * token * read, 2 * token * read + 4 * token * lent
+    ), (op.causal, peers)
 
 
 def predicted(kind: str, forward: int, backward: int) -> Counter[tuple[str, str, str]]:
@@ -52,8 +57,9 @@ def run_bf16(op: SoftmaxAttention, peers, heads: tuple[int, int], rank: int) -> 
     return attend(op, [local(x, info) for x in tensors], info)
 
 
-def readers(peers: tuple[Row, ...]) -> dict[tuple[int, int], set[int]]:
-    """For each (owner, token) the other ranks with a later token of its document."""
+def readers(peers: tuple[Row, ...], causal: bool) -> dict[tuple[int, int], set[int]]:
+    """For each (owner, token) the other ranks with a token, if causal a later one, of its
+    document."""
     held = {
         (rank, fragment.index + i): None if fragment.padding else fragment.start
         for rank, row in enumerate(peers)
@@ -64,16 +70,17 @@ def readers(peers: tuple[Row, ...]) -> dict[tuple[int, int], set[int]]:
         (owner, index): {
             rank
             for (rank, other), name in held.items()
-            if rank != owner and name is not None and name == document and other > index
+            if rank != owner and name is not None and name == document
+            if other > index or not causal
         }
         for (owner, index), document in held.items()
     }
 
 
-def ring_tokens(peers: tuple[Row, ...], rank: int) -> tuple[int, int, int]:
+def ring_tokens(peers: tuple[Row, ...], rank: int, causal: bool) -> tuple[int, int, int]:
     """Tokens that a rank receives: keys forward, keys backward, gradients."""
     forward = keys = gradients = 0
-    for (owner, _), ranks in readers(peers).items():
+    for (owner, _), ranks in readers(peers, causal).items():
         reach = max(((reader - owner) % len(peers) for reader in ranks), default=0)
         hops = (rank - owner) % len(peers)
         forward += 0 < hops <= reach
@@ -82,14 +89,14 @@ def ring_tokens(peers: tuple[Row, ...], rank: int) -> tuple[int, int, int]:
     return forward, keys, gradients
 
 
-def gather_tokens(peers: tuple[Row, ...], rank: int) -> tuple[int, int]:
+def gather_tokens(peers: tuple[Row, ...], rank: int, causal: bool) -> tuple[int, int]:
     """Tokens that a rank reads, and how often its own are read."""
-    every = readers(peers).items()
+    every = readers(peers, causal).items()
     read = sum(rank in ranks for _, ranks in every)
     return read, sum(len(ranks) for (owner, _), ranks in every if owner == rank)
 
 
-def check_formulas(axis: Axis) -> None:
+def check_formulas(axis: Axis, op: SoftmaxAttention) -> None:
     """One document that fills the row under zigzag; the busiest rank."""
     ranks, n, heads, dim = axis.ranks, 6, (8, 4), DIM + V_DIM
     peers = place([ranks * n], zigzag(ranks, n))
@@ -99,21 +106,23 @@ def check_formulas(axis: Axis) -> None:
         "ulysses": n * sum(heads) * dim * (ranks - 1) // ranks,
     }
     for name, elements in formulas.items():
-        run_bf16(SCHEMES[name](AtenSoftmax(), axis), peers, heads, axis.rank)
+        run_bf16(SCHEMES[name](op, axis), peers, heads, axis.rank)
         counted = axis.traffic.take().items()
         forward = torch.tensor(sum(x for (_, _, way), x in counted if way == "forward"))
         dist.all_reduce(forward, dist.ReduceOp.MAX)
         assert forward == 2 * elements, name
 
 
-def check_silence(axis: Axis) -> None:
+def check_silence(axis: Axis, op: SoftmaxAttention) -> None:
     """No document on several ranks: no message."""
     axis.traffic.trace = []
     peers = place([7, 3, 4, 1, 6], contiguous(axis.ranks, 7))
     for name, build in SCHEMES.items():
-        assert errors([build(AtenSoftmax(), axis)], peers, (4, 2), axis.rank)[0] < 1e-10, name
+        found = errors([build(op, axis)], peers, (4, 2), axis.rank, causal=op.causal)
+        assert found[0] < 1e-10, name
     assert not axis.traffic.take()
     assert axis.traffic.trace == []
+    axis.traffic.trace = None
 
 
 class Noting(AtenSoftmax):

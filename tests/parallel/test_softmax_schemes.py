@@ -11,10 +11,10 @@ import torch.distributed as dist
 from models.ops.softmax import AtenSoftmax, EinsumSoftmax, merge_
 from models.sequence import SequenceInfo, SoftmaxAttention
 from parallel.collectives import Axis, Traffic
-from parallel.gather import GatherAttention
+from parallel.gather import GatherAttention, fetch
 from parallel.plans import merge_order
 from parallel.ring import stops
-from parallel.softmax import Gradients
+from parallel.softmax import Gradients, Merging
 from parallel.ulysses import HeadExchange, UlyssesAttention
 from tests.parallel.layouts import (
     Row,
@@ -45,9 +45,11 @@ def test_schemes_equal_one_rank(ranks):
 def check_schemes(axis: Axis) -> None:
     torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
     for i, (case, peers) in enumerate(cases(axis.ranks)):
-        op, heads = [EinsumSoftmax(), AtenSoftmax()][i % 2], HEADS[i % len(HEADS)]
-        found = errors([build(op, axis) for build in SCHEMES.values()], peers, heads, axis.rank)
-        assert max(found) < 1e-10, (case, heads, dict(zip(SCHEMES, found, strict=True)))
+        kind, heads = [EinsumSoftmax, AtenSoftmax][i % 2], HEADS[i % len(HEADS)]
+        for causal in (True, False):
+            schemes = [build(kind(causal=causal), axis) for build in SCHEMES.values()]
+            found = errors(schemes, peers, heads, axis.rank, causal=causal)
+            assert max(found) < 1e-10, (case, heads, causal, dict(zip(SCHEMES, found, strict=True)))
         if axis.ranks != 3 and case.endswith("edges"):
             check_bitwise(axis, case, peers)
 
@@ -91,11 +93,12 @@ def test_two_levels_equal_one_rank():
 
 def check_two_levels(axis: Axis) -> None:
     ulysses, ring = two_axes(axis, 2)
-    inner = [SCHEMES[name](AtenSoftmax(), ring) for name in ("ring", "gather")]
-    schemes: list[SoftmaxAttention] = [UlyssesAttention(op, axis=ulysses) for op in inner]
-    for i, (case, peers) in enumerate(cases(4)):
-        found = errors(schemes, peers, HEADS[i % len(HEADS)], axis.rank)
-        assert max(found) < 1e-10, (case, found)
+    for causal in (True, False):
+        inner = [SCHEMES[name](AtenSoftmax(causal=causal), ring) for name in ("ring", "gather")]
+        schemes: list[SoftmaxAttention] = [UlyssesAttention(op, axis=ulysses) for op in inner]
+        for i, (case, peers) in enumerate(cases(4)):
+            found = errors(schemes, peers, HEADS[i % len(HEADS)], axis.rank, causal=causal)
+            assert max(found) < 1e-10, (case, causal, found)
 
 
 def test_mutations_are_noticed():
@@ -104,19 +107,43 @@ def test_mutations_are_noticed():
 
 def check_mutations(axis: Axis) -> None:
     peers = place([15, 2], zigzag(3, 6))
-    for name, scheme, mutation in mutations():
-        with mutation:
-            error = torch.tensor(
-                errors([SCHEMES[scheme](AtenSoftmax(), axis)], peers, (4, 2), axis.rank)
-            )
-        dist.all_reduce(error, dist.ReduceOp.MAX)
-        assert error > 1e-3, name
-        assert errors([SCHEMES[scheme](AtenSoftmax(), axis)], peers, (4, 2), axis.rank)[0] < 1e-10
+    for causal, every in ((True, mutations()), (False, lost_masks())):
+        for name, scheme, mutation in every:
+            tested = [SCHEMES[scheme](AtenSoftmax(causal=causal), axis)]
+            with mutation:
+                found = errors(tested, peers, (4, 2), axis.rank, causal=causal)
+            error = torch.tensor(found)
+            dist.all_reduce(error, dist.ReduceOp.MAX)
+            assert error > 1e-3, name
+            assert errors(tested, peers, (4, 2), axis.rank, causal=causal)[0] < 1e-10
+
+
+def lost_masks() -> list[tuple[str, str, AbstractContextManager]]:
+    """Places that take attention for causal where it is not."""
+
+    def causal_plan(plan):
+        return lambda peers, rank, causal: plan(peers, rank, causal=True)
+
+    def causal_op(method):
+        def mutated(self, *args):
+            self.op = AtenSoftmax()
+            return method(self, *args)
+
+        return mutated
+
+    return [
+        ("plan", "ring", patch("parallel.ring.stops", causal_plan(stops))),
+        ("plan", "gather", patch("parallel.gather.fetch", causal_plan(fetch))),
+        ("hop", "ring", patch.object(Merging, "add", causal_op(Merging.add))),
+        ("backward hop", "ring", patch.object(Gradients, "of", causal_op(Gradients.of))),
+        ("group", "gather", patch.object(Merging, "add", causal_op(Merging.add))),
+        ("backward group", "gather", patch.object(Gradients, "of", causal_op(Gradients.of))),
+    ]
 
 
 def mutations() -> list[tuple[str, str, AbstractContextManager]]:
-    def without_last_block(peers, rank):
-        *path, last = stops(peers, rank)
+    def without_last_block(peers, rank, causal):
+        *path, last = stops(peers, rank, causal=causal)
         return *path, last._replace(needed=False)
 
     def swapped(self, k, v, keys, original=Gradients.of):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from models.ops.delta_rule import ChunkedDeltaRule, TokenLoopDeltaRule
-from models.sequence import Fragment, LinearRecurrence, Recurrent, SequenceInfo
+from models.sequence import Fragment, LinearRecurrence, Recurrent, Response, SequenceInfo
 from models.transition import DenseTransition
 from parallel import chains
 from parallel.collectives import Axis, Pending, Traffic
@@ -249,11 +249,15 @@ class Noted(LinearRecurrence):
         v.register_hook(lambda _: self.traffic.note("run back", started))
         return self.op(q, k, v, log_decay, beta, info, initial_state=initial_state)
 
-    def summary(self, k, v, log_decay, beta, info):
-        return self.op.summary(k, v, log_decay, beta, info)
+    def response(self, q, k, v, log_decay, beta, info) -> Response:
+        started = " ".join(str(f.start) for f in info.fragments[0])
+        self.traffic.note("respond", started)
+        response = self.op.response(q, k, v, log_decay, beta, info)
 
-    def state_gradient(self, *args):
-        return self.op.state_gradient(*args)
+        def enter(state: Tensor) -> Recurrent:
+            return self(q, k, v, log_decay, beta, info, initial_state=state)
+
+        return response._replace(enter=enter)
 
 
 def trace(axis: Axis) -> list[tuple[str, str]]:
@@ -274,7 +278,7 @@ EXPECTED_TRACE = [
         *[("run back", "0"), ("run back", "4")],
     ],
     [
-        *[("post", "forward"), ("run", "16"), ("wait", "forward"), ("run", "4")],
+        *[("post", "forward"), ("run", "16"), ("respond", "4"), ("wait", "forward"), ("run", "4")],
         *[("post", "backward"), ("wait", "backward"), ("run back", "4"), ("run back", "16")],
     ],
 ]
@@ -320,7 +324,14 @@ def gradients(self: chains.Chain, factor: float) -> dict:
     return {link: factor * grad for link, (_, grad) in self._arrived()}
 
 
+def without_reads(self: ChunkedDeltaRule, *tokens) -> Response:
+    response = RESPONSE(self, *tokens)
+    return response._replace(reads=torch.zeros_like(response.reads))
+
+
+RESPONSE = ChunkedDeltaRule.response
 MUTATIONS = {
+    "no reads": (ChunkedDeltaRule, "response", without_reads),
     "dropped hop": (DenseTransition, "apply", lambda self, state: torch.zeros_like(state)),
     "not transposed": (DenseTransition, "adjoint", lambda self, grad: self.tensor @ grad),
     "wrong order": (

@@ -39,13 +39,6 @@ class DecayedWrites(LinearRecurrence):
             outputs.append((state * q[:, t, :, :, None]).sum(2))
         return Recurrent(torch.stack(outputs, dim=1), state)
 
-    def summary(
-        self, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, info: SequenceInfo
-    ) -> tuple[DiagonalTransition, Tensor]:
-        passes = (info.positions > 0).all(1)[:, None, None]
-        through = torch.where(passes, self.decay(log_decay).sum(1).exp(), 0)
-        return self.transition(through), self(k, k, v, log_decay, beta, info).final_state
-
 
 class ScalarDecay(DecayedWrites):
     """One decay per head: that of the first key channel."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from models.ops.delta_rule import ChunkedDeltaRule, TokenLoopDeltaRule
 from models.ops.dyadic import DyadicScores
-from models.sequence import Fragment, SequenceInfo
+from models.sequence import Fragment, Recurrent, SequenceInfo
 
 HEADS, KEY, VALUE = 3, 8, 5
 # Documents of the two rows: cuts inside chunks, on their edges, and of a single token.
@@ -67,12 +67,18 @@ def continued(rows: list[list[int]]) -> SequenceInfo:
     return SequenceInfo.from_fragments(fragments)
 
 
+def entered(op):
+    """`op` on a row whose state comes after all that needs none."""
+    return lambda *tokens, initial_state: op.response(*tokens).enter(initial_state)
+
+
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("rows", PACKINGS, ids=str)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)], ids=["fp64", "fp32"]
 )
-def test_chunked_equals_token_loop(rows, gate, dtype, tolerance):
+@pytest.mark.parametrize("way", [lambda op: op, entered], ids=["state first", "state later"])
+def test_chunked_equals_token_loop(rows, gate, dtype, tolerance, way):
     info = continued(rows)
     inputs = make_inputs(info, gate, dtype)
     wide = [x.detach().double().requires_grad_() for x in inputs]
@@ -80,7 +86,7 @@ def test_chunked_equals_token_loop(rows, gate, dtype, tolerance):
     op.segment = 2  # several segments in 200 tokens
     names = ("output", "state", "dq", "dk", "dv", "dg", "dbeta", "dstate")
     for name, got, want in zip(
-        names, run(op, inputs, info), run(TokenLoopDeltaRule(), wide, info), strict=True
+        names, run(way(op), inputs, info), run(TokenLoopDeltaRule(), wide, info), strict=True
     ):
         scale = want.abs().max().clamp(min=1e-30)
         assert (got - want).abs().max() <= tolerance * scale, name
@@ -146,6 +152,8 @@ def test_a_gap_forgets_the_state(op):
     info = SequenceInfo.from_fragments(rows)
     *tokens, state = make_inputs(info, "keeping", torch.float64)
     output, final = op(*tokens, info, initial_state=state)
+    later = entered(op)(*tokens, info, initial_state=state)
+    torch.testing.assert_close(later, Recurrent(output, final), rtol=0, atol=1e-13)
     for b, cuts in enumerate([(0, 80, 145, 150), (0, 64, 150)]):
         entering = state[b : b + 1]
         for start, stop in pairwise(cuts):
@@ -160,13 +168,12 @@ def test_a_gap_forgets_the_state(op):
         torch.testing.assert_close(final[b : b + 1], result.final_state, atol=1e-13, rtol=0)
 
 
-def test_summary_is_the_affine_map_of_the_state():
+def test_nothing_passes_a_document_start():
     info = continued([[90], [90]])
-    q, k, v, log_decay, beta, state = make_inputs(info, "keeping", torch.float64)
-    transition, update = ChunkedDeltaRule().summary(k, v, log_decay, beta, info)
-    final = TokenLoopDeltaRule()(q, k, v, log_decay, beta, info, initial_state=state).final_state
-    torch.testing.assert_close(transition.apply(state) + update, final, rtol=0, atol=1e-13)
-    assert not transition.tensor[1].any()  # the second row starts a document: nothing passes
+    *tokens, _ = make_inputs(info, "keeping", torch.float64)
+    response = ChunkedDeltaRule().response(*tokens, info)
+    assert response.transition.tensor[0].any() and not response.transition.tensor[1].any()
+    assert response.reads[0].any(-1).all() and not response.reads[1].any()
 
 
 def test_bfloat16_values_keep_an_fp32_state():
@@ -175,3 +182,13 @@ def test_bfloat16_values_keep_an_fp32_state():
     output, final = ChunkedDeltaRule()(*inputs[:5], info)
     assert output.dtype == torch.bfloat16
     assert final.dtype == torch.float32
+
+
+def test_bfloat16_outputs_are_rounded_once_all_is_added():
+    info = continued([[70], [70]])
+    *tokens, state = (x.detach() for x in make_inputs(info, "keeping", torch.float32))
+    tokens = [x.bfloat16() for x in tokens]
+    later = entered(ChunkedDeltaRule())
+    output, final = later(*tokens, info, initial_state=state)
+    wide, same = later(*(x.float() for x in tokens), info, initial_state=state)
+    assert torch.equal(output, wide.bfloat16()) and torch.equal(final, same)

@@ -7,11 +7,12 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 
 from models.ops.conv import ShiftedConv
 from models.ops.delta_rule import TokenLoopDeltaRule
 from models.ops.fla import FlaConv, FlaDeltaRule
-from models.sequence import SequenceInfo
+from models.sequence import Response, SequenceInfo
 from tests.helpers import INFOS, assert_equal, outputs_and_gradients, random_tensors
 
 HEADS, DIM, CHANNELS, WIDTH = 2, 4, 3, 4
@@ -67,6 +68,23 @@ def test_delta_rule(name, with_state):
         return outputs_and_gradients(call, tensors)
 
     assert_equal(run(FlaDeltaRule()), run(TokenLoopDeltaRule()), 1e-5)
+
+
+@pytest.mark.parametrize("name", INFOS)
+def test_delta_rule_before_a_state_enters(name):
+    batch, seq = INFOS[name].shape
+    shapes = [(batch, seq, HEADS, DIM)] * 4 + [(batch, seq, HEADS)]
+    q, k, v, log_decay, beta = random_tensors(*shapes, dtype=torch.float32)
+    tokens = q, 0.3 * k, v, -log_decay.square(), beta.sigmoid()
+    got, expected = (
+        op.response(*(x.detach() for x in tokens), INFOS[name])
+        for op in (FlaDeltaRule(), TokenLoopDeltaRule())
+    )
+    assert_equal(numbers(got), numbers(expected), 1e-5)
+
+
+def numbers(response: Response) -> list[Tensor]:
+    return [response.reads, response.transition.tensor, response.update]
 
 
 @pytest.mark.parametrize("with_history", [True, False])

@@ -47,17 +47,18 @@ def varlen_backward(
     return softmax_lse
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("name", INFOS)
-def test_package(name, monkeypatch):
+def test_package(name, causal, monkeypatch):
     interface = ModuleType("flash_attn.flash_attn_interface")
     monkeypatch.setattr(interface, "_flash_attn_varlen_forward", varlen_forward, raising=False)
     monkeypatch.setattr(interface, "_flash_attn_varlen_backward", varlen_backward, raising=False)
     monkeypatch.setitem(sys.modules, interface.__name__, interface)
-    op, info = FlashSoftmax(), INFOS[name]
+    op, reference, info = FlashSoftmax(causal=causal), EinsumSoftmax(causal=causal), INFOS[name]
     monkeypatch.setattr(op, "check_dtype", lambda dtype: None)
     tensors = inputs(info, info)
     got = outputs_and_gradients(lambda *x: op(*x, info), tensors)
-    assert_equal(got, outputs_and_gradients(lambda *x: EinsumSoftmax()(*x, info), tensors), 1e-12)
+    assert_equal(got, outputs_and_gradients(lambda *x: reference(*x, info), tensors), 1e-12)
 
 
 @pytest.mark.parametrize("op", [AtenVarlenSoftmax(), FlashSoftmax()])

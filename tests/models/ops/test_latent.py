@@ -1,5 +1,7 @@
 """Latent attention: both forms against keys and values written out."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -25,11 +27,11 @@ def inputs(info: SequenceInfo, key_info: SequenceInfo):
     )
 
 
-def written_out(q, latent, shared_key, up_weight, info, key_info, scale):
+def written_out(q, latent, shared_key, up_weight, info, key_info, scale, causal):
     k = torch.stack([latent @ w[:NOPE].T for w in up_weight], dim=2)
     k = torch.cat([k, torch.stack([shared_key] * HEADS, dim=2)], dim=-1)
     v = torch.stack([latent @ w[NOPE:].T for w in up_weight], dim=2)
-    return EinsumSoftmax()(q, k, v, info, key_info=key_info, scale=scale)
+    return EinsumSoftmax(causal=causal)(q, k, v, info, key_info=key_info, scale=scale)
 
 
 @pytest.mark.parametrize("absorbed", [False, True])
@@ -37,13 +39,12 @@ def written_out(q, latent, shared_key, up_weight, info, key_info, scale):
 def test_both_forms(name, absorbed, monkeypatch):
     monkeypatch.setattr("models.ops.latent.absorbs", lambda *sizes: absorbed)
     info, key_info = CASES[name]
-    tensors, op = inputs(info, key_info), MaterialisedLatent(AtenSoftmax())
-    for given, used in ((None, (NOPE + ROPE) ** -0.5), (0.3, 0.3)):
-        got = outputs_and_gradients(
-            lambda *x, given=given: op(*x, info, key_info=key_info, scale=given), tensors
-        )
+    tensors = inputs(info, key_info)
+    for given, used, causal in ((None, (NOPE + ROPE) ** -0.5, True), (0.3, 0.3, False)):
+        op = MaterialisedLatent(AtenSoftmax(causal=causal))
+        got = outputs_and_gradients(partial(op, info=info, key_info=key_info, scale=given), tensors)
         expected = outputs_and_gradients(
-            lambda *x, used=used: written_out(*x, info, key_info, used), tensors
+            partial(written_out, info=info, key_info=key_info, scale=used, causal=causal), tensors
         )
         assert_equal(got, expected, 1e-12)
 

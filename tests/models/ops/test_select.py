@@ -30,6 +30,8 @@ def test_auto_on_cpu(packages):
     latent = ops.latent()
     assert type(latent) is MaterialisedLatent and type(latent.softmax) is AtenSoftmax
     assert ops.softmax() is not ops.softmax()
+    assert ops.softmax().causal and latent.softmax.causal
+    assert not ops.softmax(causal=False).causal and not ops.latent(causal=False).softmax.causal
 
 
 def test_auto_on_cuda(packages):

@@ -52,14 +52,16 @@ def inputs(info: SequenceInfo, key_info: SequenceInfo, **kwargs) -> list[Tensor]
     return random_tensors(*shapes, **kwargs)
 
 
-def by_hand(q, k, v, info, *, window=None, visibility=None, scale=DIM**-0.5):
+def by_hand(q, k, v, info, *, causal, window=None, visibility=None, scale=DIM**-0.5):
     """One query at a time, over the keys that the contract lets it see."""
+    documents = [[f.start for f in row for _ in range(f.length)] for row in info.fragments]
     output = torch.zeros(*q.shape[:3], V_DIM, dtype=q.dtype)
     for b, i, h in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
-        position, head, seen = info.positions[b, i], h // (HEADS // KV_HEADS), []
+        head, seen = h // (HEADS // KV_HEADS), []
         for j in range(k.shape[1]):
             back = info.index[b, i] - info.index[b, j]
-            sees = 0 <= back <= position and (window is None or back < window)
+            sees = documents[b][i] == documents[b][j] and (back >= 0 or not causal)
+            sees = sees and (window is None or abs(back) < window)
             if visibility is not None:
                 own = visibility.query_block[b, i] == visibility.key_block[b, j]
                 sees = sees and (own or visibility.keep[b, j, head])
@@ -71,49 +73,60 @@ def by_hand(q, k, v, info, *, window=None, visibility=None, scale=DIM**-0.5):
     return output
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("name", INFOS)
-def test_definition(name):
-    info = INFOS[name]
+def test_definition(name, causal):
+    info, op = INFOS[name], EinsumSoftmax(causal=causal)
     tensors = inputs(info, info)
-    got = outputs_and_gradients(lambda *x: EinsumSoftmax()(*x, info), tensors)
-    assert_equal(got, outputs_and_gradients(lambda *x: by_hand(*x, info), tensors), 1e-12)
+    got = outputs_and_gradients(lambda *x: op(*x, info), tensors)
+    expected = outputs_and_gradients(lambda *x: by_hand(*x, info, causal=causal), tensors)
+    assert_equal(got, expected, 1e-12)
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("name", ["unequal rows", "scattered"])
 @pytest.mark.parametrize("masks", [{"window"}, {"visibility"}, {"window", "visibility"}, set()])
-def test_definition_masks_and_scale(name, masks):
-    info = INFOS[name]
+def test_definition_masks_and_scale(name, masks, causal):
+    info, op = INFOS[name], EinsumSoftmax(causal=causal)
     tensors = inputs(info, info)
     block = info.index // 3
     keep = torch.rand(*info.shape, KV_HEADS, generator=torch.Generator().manual_seed(2)) < 0.4
     every = {"window": 5, "visibility": Visibility(block, block, keep)}
     kwargs = {mask: every[mask] for mask in masks} | {"scale": 0.7}
-    got = outputs_and_gradients(lambda *x: EinsumSoftmax()(*x, info, **kwargs), tensors)
-    expected = outputs_and_gradients(lambda *x: by_hand(*x, info, **kwargs), tensors)
+    got = outputs_and_gradients(lambda *x: op(*x, info, **kwargs), tensors)
+    expected = outputs_and_gradients(lambda *x: by_hand(*x, info, causal=causal, **kwargs), tensors)
     assert_equal(got, expected, 1e-12)
 
     # The formulas of block_backward against autograd through the definition.
     q, k, v = (x.detach() for x in tensors)
-    output, lse = EinsumSoftmax().block(q, k, v, info, info, **kwargs)
+    output, lse = op.block(q, k, v, info, info, **kwargs)
     generator = torch.Generator().manual_seed(1)
     grad = torch.randn(output.shape, generator=generator, dtype=output.dtype)
-    grads = EinsumSoftmax().block_backward(grad, q, k, v, output, lse, info, info, **kwargs)
+    grads = op.block_backward(grad, q, k, v, output, lse, info, info, **kwargs)
     assert_equal(grads, expected[1:], 1e-12)
 
 
-@pytest.mark.parametrize("op", [AtenSoftmax(), DenseVarlen()], ids=lambda op: type(op).__name__)
+fused = pytest.mark.parametrize(
+    "op",
+    [kind(causal=causal) for kind in (AtenSoftmax, DenseVarlen) for causal in (True, False)],
+    ids=lambda op: f"{type(op).__name__} {'causal' if op.causal else 'full'}",
+)
+
+
+@fused
 @pytest.mark.parametrize("name", INFOS)
 def test_fused_equals_definition(op, name):
-    info = INFOS[name]
+    info, reference = INFOS[name], EinsumSoftmax(causal=op.causal)
     tensors = inputs(info, info)
     got = outputs_and_gradients(lambda *x: op(*x, info), tensors)
-    assert_equal(got, outputs_and_gradients(lambda *x: EinsumSoftmax()(*x, info), tensors), 1e-12)
+    assert_equal(got, outputs_and_gradients(lambda *x: reference(*x, info), tensors), 1e-12)
 
 
 QUERIES_AND_KEYS = {
     "decoding": (SequenceInfo.span(2, 20, 21), SequenceInfo.span(2, 0, 21)),
     "chunked prefill": (SequenceInfo.span(2, 12, 21), SequenceInfo.span(2, 0, 21)),
     "window of keys": (SequenceInfo.span(1, 12, 21), SequenceInfo.span(1, 4, 15)),
+    "as many keys before": (SequenceInfo.span(1, 12, 21), SequenceInfo.span(1, 3, 12)),
     "keys behind": (SequenceInfo.span(1, 12, 21), SequenceInfo.span(1, 15, 30)),
     "later keys only": (SequenceInfo.span(1, 12, 21), SequenceInfo.span(1, 21, 30)),
     "scattered keys": (INFOS["unequal rows"].row(3), INFOS["scattered"].row(1)),
@@ -121,13 +134,13 @@ QUERIES_AND_KEYS = {
 }
 
 
-@pytest.mark.parametrize("op", [AtenSoftmax(), DenseVarlen()], ids=lambda op: type(op).__name__)
+@fused
 @pytest.mark.parametrize("name", QUERIES_AND_KEYS)
 def test_block_equals_definition(op: TiledSoftmax, name):
     info, key_info = QUERIES_AND_KEYS[name]
     tensors = inputs(info, key_info)
     detached = [x.detach() for x in tensors]
-    reference = EinsumSoftmax()
+    reference = EinsumSoftmax(causal=op.causal)
     expected = reference.block(*detached, info, key_info, scale=0.4)
     assert_equal(op.block(*detached, info, key_info, scale=0.4), expected, 1e-12)
 
@@ -201,24 +214,39 @@ def test_masks_are_refused():
 
 def test_tiles():
     (row,) = SequenceInfo.from_lengths([[4, 1, 3]]).fragments
-    assert tiles(row, row) == ((0, 4, 0, 4, True), (4, 5, 4, 5, False), (5, 8, 5, 8, True))
+    assert tiles(row, row, causal=True) == (
+        (0, 4, 0, 4, True),
+        (4, 5, 4, 5, False),
+        (5, 8, 5, 8, True),
+    )
     queries = (Fragment(6, 10, 10),)
-    assert tiles(queries, (Fragment(12, 3, 3),)) == (
+    assert tiles(queries, (Fragment(12, 3, 3),), causal=True) == (
         (0, 5, 0, 7, False),
         (0, 5, 7, 12, True),
         (5, 6, 0, 12, False),
     )
-    assert tiles(queries, (Fragment(10, 0, 0),)) == ((0, 6, 0, 10, False),)
-    assert tiles(queries, (Fragment(10, 16, 16),)) == ()
-    assert tiles(queries, (Fragment(6, 10, 9),)) == ()  # another document
+    assert tiles(queries, (Fragment(10, 0, 0),), causal=True) == ((0, 6, 0, 10, False),)
+    assert tiles(queries, (Fragment(10, 16, 16),), causal=True) == ()
+    assert tiles(queries, (Fragment(6, 10, 9),), causal=True) == ()  # another document
+
+
+def test_tiles_without_the_causal_mask():
+    """Order does not matter, so that neighbours of one document are one tile even behind a gap."""
+    row = (Fragment(2, 0), Fragment(3, 9, 9), Fragment(1, 20), Fragment(2, 5, 5))
+    assert tiles(row, row[:2], causal=False) == ((0, 5, 0, 5, False), (6, 8, 0, 5, False))
+    assert tiles(row[1:2], row, causal=False) == ((0, 3, 0, 5, False), (0, 3, 6, 8, False))
+    assert tiles(row, row[2:3], causal=False) == ((5, 6, 0, 1, False),)
 
 
 def test_whole_documents_are_one_call():
-    rows = SequenceInfo.from_lengths([[4, 1, 3], [8]]).fragments
-    lengths = whole_documents(rows, rows, torch.device("cpu"))
-    assert lengths is not None
-    assert lengths.bounds.tolist() == [0, 4, 5, 8, 16] and lengths.longest == 8
-    rows = INFOS["scattered"].fragments
-    assert whole_documents(rows, rows, torch.device("cpu")) is None
-    decoding = (info.fragments for info in QUERIES_AND_KEYS["decoding"])
-    assert whole_documents(*decoding, torch.device("cpu")) is None
+    rows, cpu = SequenceInfo.from_lengths([[4, 1, 3], [8]]).fragments, torch.device("cpu")
+    for causal in (True, False):
+        lengths = whole_documents(rows, rows, cpu, causal=causal)
+        assert lengths is not None
+        assert lengths.bounds.tolist() == [0, 4, 5, 8, 16] and lengths.longest == 8
+        rows_apart = INFOS["scattered"].fragments
+        assert whole_documents(rows_apart, rows_apart, cpu, causal=causal) is None
+        decoding = (info.fragments for info in QUERIES_AND_KEYS["decoding"])
+        assert whole_documents(*decoding, cpu, causal=causal) is None
+        before = (info.fragments for info in QUERIES_AND_KEYS["as many keys before"])
+        assert (whole_documents(*before, cpu, causal=causal) is None) == causal

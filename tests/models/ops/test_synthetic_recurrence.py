@@ -7,7 +7,7 @@ from torch import Tensor
 
 from models.ops.delta_rule import ChunkedDeltaRule, TokenLoopDeltaRule
 from models.sequence import LinearRecurrence, SequenceInfo
-from tests.helpers import assert_equal, random_tensors
+from tests.helpers import assert_equal, outputs_and_gradients, random_tensors
 from tests.models.ops.synthetic import DecayedWrites, ScalarDecay
 
 HEADS, KEY, VALUE = 3, 4, 5
@@ -15,6 +15,7 @@ INFOS = {
     "continued": SequenceInfo.span(2, 7, 97),
     "one token": SequenceInfo.span(2, 7, 8),
     "documents": SequenceInfo.from_lengths([[3, 60, 27], [90]]),
+    **{f"{seq} tokens": SequenceInfo.span(1, 7, 7 + seq) for seq in (63, 64, 65)},
 }
 
 
@@ -26,7 +27,8 @@ def small_chunks() -> ChunkedDeltaRule:
 
 OPS: dict[str, LinearRecurrence] = {
     "token loop": TokenLoopDeltaRule(),
-    "chunked": small_chunks(),
+    "chunked": ChunkedDeltaRule(),
+    "small chunks": small_chunks(),
     "diagonal": DecayedWrites(),
     "scalar": ScalarDecay(),
 }
@@ -38,50 +40,69 @@ def inputs(info: SequenceInfo) -> list[Tensor]:
     key, value = (batch, seq, HEADS, KEY), (batch, seq, HEADS, VALUE)
     shapes = key, key, value, key, key[:3], (batch, HEADS, KEY, VALUE)
     q, k, v, gate, beta, state = random_tensors(*shapes)
-    speed = torch.tensor([1e-3, 0.1, 1.0], dtype=torch.float64)[:, None]
+    speed = torch.tensor([0.0, 0.1, 20.0], dtype=torch.float64)[:, None]
     return [q, F.normalize(k, dim=-1), v, -gate.sigmoid() * speed, beta.sigmoid(), state]
 
 
 @pytest.mark.parametrize("info", INFOS.values(), ids=INFOS)
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
-def test_summary_maps_the_state(op, info):
-    q, k, v, log_decay, beta, state = inputs(info)
-    final = op(q, k, v, log_decay, beta, info, initial_state=state).final_state
-    transition, update = op.summary(k, v, log_decay, beta, info)
-    assert isinstance(transition, op.transition)
-    assert transition.tensor.shape[2:] == op.transition.shape(KEY)
-    assert_equal([transition.apply(state) + update], [final], 1e-12)
+def test_a_state_may_enter_later(op, info):
+    check_later(op, info)
 
 
-@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
-def test_summaries_compose_to_that_of_the_whole(op):
-    _, k, v, log_decay, beta, _ = inputs(SequenceInfo.span(2, 7, 97))
-
-    def summary(start: int, stop: int):
-        parts = (x[:, start:stop] for x in (k, v, log_decay, beta))
-        return op.summary(*parts, SequenceInfo.span(2, 7 + start, 7 + stop))
-
-    (first, written), (second, later), (whole, update) = map(summary, (0, 31, 0), (31, 90, 90))
-    got = [second.compose(first).tensor, second.apply(written) + later]
-    assert_equal(got, [whole.tensor, update], 1e-12)
+def test_a_state_may_enter_several_whole_segments_later():
+    check_later(ChunkedDeltaRule(), SequenceInfo.span(1, 7, 7 + 2 * 1024 + 1))
 
 
-@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
-def test_adjoint_is_the_transpose(op):
-    _, k, v, log_decay, beta, state = inputs(SequenceInfo.span(2, 7, 97))
-    transition, update = op.summary(k, v, log_decay, beta, SequenceInfo.span(2, 7, 97))
-    left = (transition.apply(state) * update).sum()
-    assert_equal([left], [(state * transition.adjoint(update)).sum()], 1e-12)
+def check_later(op: LinearRecurrence, info: SequenceInfo) -> None:
+    def later(*tensors: Tensor):
+        *tokens, state = tensors
+        return op.response(*tokens, info).enter(state)
+
+    def first(*tensors: Tensor):
+        *tokens, state = tensors
+        return op(*tokens, info, initial_state=state)
+
+    tensors = inputs(info)
+    got, expected = (outputs_and_gradients(way, tensors) for way in (later, first))
+    assert_equal(got, expected, 1e-12)
 
 
 @pytest.mark.parametrize("info", INFOS.values(), ids=INFOS)
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
-def test_state_gradient_is_that_of_autograd(op, info):
+def test_response_is_affine_in_the_state(op, info):
     *tokens, state = inputs(info)
     results = op(*tokens, info, initial_state=state)
     grads = random_tensors(*(x.shape for x in results))
     (expected,) = torch.autograd.grad(results, state, grads)
-    q, k, _, log_decay, beta = (x.detach() for x in tokens)
-    with torch.no_grad():  # as inside a backward
-        got = op.state_gradient(*(x.detach() for x in grads), q, k, log_decay, beta, info)
+
+    reads, transition, update, enter = op.response(*tokens, info)
+    assert isinstance(transition, op.transition)
+    assert transition.tensor.shape[2:] == op.transition.shape(KEY)
+    assert not any(x.requires_grad for x in (reads, transition.tensor, update))
+    output = enter(torch.zeros_like(state)).output + torch.einsum("bthk,bhkv->bthv", reads, state)
+    assert_equal([output, transition.apply(state) + update], results, 1e-12)
+    got = torch.einsum("bthk,bthv->bhkv", reads, grads[0]) + transition.adjoint(grads[1])
     assert_equal([got], [expected], 1e-12)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_summaries_compose_to_that_of_the_whole(op):
+    *tokens, _ = inputs(SequenceInfo.span(2, 7, 97))
+
+    def summary(start: int, stop: int):
+        info = SequenceInfo.span(2, 7 + start, 7 + stop)
+        response = op.response(*(x[:, start:stop] for x in tokens), info)
+        return response.transition, response.update
+
+    (first, written), (second, later), (whole, update) = map(summary, (0, 31, 0), (31, 90, 90))
+    got = [second.compose(first).tensor, second.apply(written) + later]
+    assert_equal(got, [whole.tensor, update], 1e-11)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_adjoint_is_the_transpose(op):
+    *tokens, state = inputs(SequenceInfo.span(2, 7, 97))
+    _, transition, update, _ = op.response(*tokens, SequenceInfo.span(2, 7, 97))
+    left = (transition.apply(state) * update).sum()
+    assert_equal([left], [(state * transition.adjoint(update)).sum()], 1e-12)
