@@ -1,13 +1,18 @@
 """Time and memory of a repeated step, and the matrix rate that it is held against."""
 
+import gc
 import os
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.job import Result
 from benchmarks.load import busy_seconds
@@ -50,6 +55,38 @@ def timed(step: Callable[[], object], device: torch.device | str) -> float:
     step()
     _wait(device)
     return time.perf_counter() - start
+
+
+def kept_bytes(forward: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """What `forward` returns, and the bytes that it has made and that live on with it."""
+    with _Made() as made, torch.enable_grad():
+        output = forward()
+    return output, made.alive()
+
+
+class _Made(TorchDispatchMode):
+    """The storages that operations return and have not been given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._note((args, kwargs), given=True)
+        output = func(*args, **(kwargs or {}))
+        self._note(output, given=False)
+        return output
+
+    def _note(self, tensors: Any, *, given: bool) -> None:
+        for x in tree_leaves(tensors):
+            if isinstance(x, Tensor):
+                storage = x.untyped_storage()
+                ref = StorageWeakRef(storage)
+                self._sizes.setdefault(ref.cdata, (ref, 0 if given else storage.nbytes()))
+
+    def alive(self) -> int:
+        gc.collect()
+        return sum(size for ref, size in self._sizes.values() if not ref.expired())
 
 
 def matmul_flops(dtype: str, device: str) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models.checks import positive
 from models.ffn import FeedForward, SwiGLU
+from models.ops.choices import choose
 from models.ops.select import Ops
 from models.precision import Island, full_precision, widen
 from models.sequence import SequenceInfo
@@ -63,7 +64,8 @@ class Router(Island):
     def forward(self, x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         with full_precision(x):
             scores = F.linear(widen(x), widen(self.weight)).sigmoid()
-            indices = (scores.detach() + self.bias).topk(self.top_k, dim=-1).indices
+            best = (scores.detach() + self.bias).topk(self.top_k, dim=-1).indices
+            indices = choose(best)
             weights = scores.gather(-1, indices)
             # 1e-20 as in the released model: without it, scores that all underflow give NaN.
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.scaling

@@ -24,6 +24,7 @@ from models.ops.select import Ops
 from parallel.activation_checkpoint import apply_activation_checkpointing
 from parallel.context import apply_context_parallel, build_schemes, heads_needed
 from parallel.mesh import Mesh, host_group, join
+from trainer.activations import store_activations
 from trainer.agreement import check_agreement
 from trainer.checkpoint.keep import Keep
 from trainer.checkpoint.store import CheckpointStore
@@ -97,12 +98,7 @@ def materialise(
 
 
 def parallelize(
-    model: HybridLM,
-    *,
-    mesh: Mesh,
-    parallelism: Parallelism,
-    activation_checkpointing: bool = False,
-    compile: bool = False,
+    model: HybridLM, *, mesh: Mesh, parallelism: Parallelism, settings: Settings
 ) -> None:
     """Makes a model on the meta device ready for an engine, in place; the order matters.
 
@@ -110,11 +106,12 @@ def parallelize(
     operation in it is not for compiling.
     """
     share_sequences(model, parallelism, mesh)
-    if compile:
+    if settings.compile:
         for layer in model.layers:
             layer.forward = torch.compile(layer.forward)
-    if activation_checkpointing:
+    if settings.activation_checkpointing:
         apply_activation_checkpointing(model.layers)
+    store_activations(model.layers, settings, mesh.device)
 
 
 def share_sequences(model: HybridLM, parallelism: Parallelism, mesh: Mesh) -> None:
@@ -247,13 +244,7 @@ def build_engine(
     mesh: Mesh,
 ) -> Engine:
     """Wraps a model on the meta device and its loss; the engine gives it memory and values."""
-    parallelize(
-        model,
-        mesh=mesh,
-        parallelism=parallelism,
-        activation_checkpointing=settings.activation_checkpointing,
-        compile=settings.compile,
-    )
+    parallelize(model, mesh=mesh, parallelism=parallelism, settings=settings)
     loss = LanguageModelLoss(model, tile=settings.loss_tile, autocast=numerics.autocast)
     make = functools.partial(construct, config["engine"], "engine", mesh=mesh, numerics=numerics)
     verify_gradient_factor(make, mesh)

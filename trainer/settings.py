@@ -5,11 +5,13 @@ from typing import Any, Literal
 
 import torch
 
+from parallel.block_scaled import Format
 from parallel.context import AttentionScheme, RecurrenceScheme
 from parallel.layout import Strategy
 from trainer.guard import Action
 
 Precision = Literal["fp32", "bf16", "fp64"]
+ActivationStorage = Literal["exact", Format]
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Settings:
     grad_clip: float | None
     router_bias_rate: float
     activation_checkpointing: bool
+    activation_storage: ActivationStorage
+    activation_offload: bool
     compile: bool
     loss_tile: int
     keep_heap: bool
@@ -76,10 +80,20 @@ class Settings:
             raise ValueError(f"lost_rank_seconds is {self.lost_rank_seconds}; allowed: 2 or more")
         if self.hang_minutes is not None and self.hang_minutes <= 0:
             raise ValueError(f"hang_minutes is {self.hang_minutes}; allowed: above 0, or null")
+        if self.rounding and self.compile and not self.activation_checkpointing:
+            raise ValueError(
+                f"activation_storage is {self.rounding}; allowed: exact where compile=true decides "
+                "what is kept, unless activation_checkpointing=true"
+            )
 
     @property
     def hang_seconds(self) -> float | None:
         return None if self.hang_minutes is None else 60 * self.hang_minutes
+
+    @property
+    def rounding(self) -> Format | None:
+        """Of what layers keep for the backward pass."""
+        return None if self.activation_storage == "exact" else self.activation_storage
 
 
 @dataclass(frozen=True, kw_only=True)
