@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import attention, machine, mixers, report, train
+from benchmarks import activations, attention, machine, mixers, report, train
 from benchmarks.job import Config, Job, JobFailed
 from benchmarks.report import Column, Row
 from benchmarks.settings import Dtype, Settings
@@ -20,7 +20,12 @@ from trainer.errors import ConfigError, TrainingError
 from trainer.main import preset
 
 SECTIONS = ("model", "mixer", "optim", "ops")
-SUITES: dict[str, ModuleType] = {"train": train, "mixers": mixers, "attention": attention}
+SUITES: dict[str, ModuleType] = {
+    "train": train,
+    "mixers": mixers,
+    "attention": attention,
+    "activations": activations,
+}
 PART_COLUMNS = (
     Column("part", "part"),
     Column("forward", "forward ms", ",.1f"),
