@@ -29,7 +29,7 @@ class JobFailed(Exception):
 class Job:
     """What to measure; travels to the process as JSON."""
 
-    kind: Literal["train", "transformers", "mixer", "attention", "checkpoint", "matmul"]
+    kind: Literal["train", "transformers", "mixer", "attention", "checkpoint", "saved", "matmul"]
     dtype: Precision
     device: str
     threads: int  # of each rank
@@ -41,7 +41,7 @@ class Job:
     weights: str | None = None  # a Hugging Face folder; None: initial values by the seed
     profile: bool = False
     ranks: int = 1
-    case: Config | None = None  # of suite=attention: what ranks share
+    case: Config | None = None  # of suite=attention and suite=activations: theirs
     patience: float = 0.0  # seconds to wait for a quiet machine
 
     def run(self, timeout: float) -> Result:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import attention, checkpoint, machine, mixers, report, train
+from benchmarks import activations, attention, checkpoint, machine, mixers, report, train
 from benchmarks.job import Config, Job, JobFailed
 from benchmarks.report import Column, Row
 from benchmarks.settings import Dtype, Settings
@@ -25,6 +25,7 @@ SUITES: dict[str, ModuleType] = {
     "mixers": mixers,
     "attention": attention,
     "checkpoint": checkpoint,
+    "activations": activations,
 }
 PART_COLUMNS = (
     Column("part", "part"),

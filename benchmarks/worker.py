@@ -15,6 +15,7 @@ from benchmarks.context import measure_case
 from benchmarks.job import Job, Result
 from benchmarks.measure import matmul_flops, measure
 from benchmarks.profile import profile
+from benchmarks.saved import measure_saved
 from benchmarks.saves import measure_saves
 from benchmarks.subjects import mixer_pass, train_step, transformers_step
 from trainer.heap import keep_heap
@@ -32,6 +33,8 @@ def run(job: Job) -> Result:
         return measure_case(job)
     if job.kind == "checkpoint":
         return measure_saves(job)
+    if job.kind == "saved":
+        return measure_saved(job)
     subject = SUBJECTS[job.kind](job)
     result = measure(subject.step, repeats=job.repeats, device=torch.device(job.device))
     if job.profile:

@@ -1,4 +1,4 @@
-"""Measures: python scripts/benchmark.py suite=train|mixers|attention|checkpoint key=value ..."""
+"""Measures: python scripts/benchmark.py suite=train|mixers|attention|checkpoint|activations key=value ..."""
 
 import sys
 from pathlib import Path

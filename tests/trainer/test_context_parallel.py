@@ -96,7 +96,9 @@ def train_alone(folder, name: str, *more: str) -> list[dict]:
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Of a run's first step, times 1 - betas[0], from the optimiser."""
     state = trainer.engine.optimizer.state
-    return {name: state[p]["exp_avg"].double() for name, p in trainer.model.named_parameters()}
+    return {
+        name: state[p]["exp_avg"].double() for name, p in trainer.engine.model.named_parameters()
+    }
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ def poison(trainer: Trainer, bad: dict[tuple[int, int], float]) -> list[tuple[in
 
 def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
     state = trainer.engine.state()
-    state["buffers"] = dict(trainer.model.named_buffers())  # router counts too
+    state["buffers"] = dict(trainer.engine.model.named_buffers())  # router counts too
     return {f"{k}.{n}": x.clone() for k, part in state.items() for n, x in part.items()}
 
 
@@ -83,7 +83,7 @@ def test_a_skipped_step_changes_nothing_but_the_place(tmp_path):
     assert record["skipped"] is True and record["step"] == 3
     assert record["loss"] is None and record["grad_norm"] is None
     torch.testing.assert_close(everything(trainer), before, rtol=0, atol=0)
-    assert all(p.grad is None for p in trainer.model.parameters())
+    assert all(p.grad is None for p in trainer.engine.model.parameters())
     line = json.loads(trainer.bad_batches.read_text())
     assert line["step"] == 3 and line["action"] == "skip"
     assert line["reason"] == "loss nan, grad_norm nan"
