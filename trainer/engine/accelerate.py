@@ -6,7 +6,6 @@ of settings that it drops without a word, so what it made of them is held to wha
 """
 
 import contextlib
-import math
 import os
 import warnings
 from collections.abc import Callable
@@ -18,11 +17,10 @@ from accelerate.utils import DistributedType, DynamoBackend
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from parallel.collectives import sum_over_ranks
+from parallel.fsdp import copy_whole, local
 from parallel.mesh import Mesh
-from trainer.engine import Engine, LossModule
+from trainer.engine import Engine, LossModule, Memory, clip
 from trainer.errors import ConfigError
 from trainer.settings import Numerics
 
@@ -99,27 +97,16 @@ class AcceleratedFSDP2(Engine):
 
     def clip_grad_norm(self, max_norm: float) -> float:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        squares = torch.stack([_square(x) for x in gradients]).sum()
-        norm = float(sum_over_ranks(squares, self.mesh.group).sqrt())
-        share = max_norm / (norm + 1e-6)  # as torch has it for whole gradients
-        if share < 1:
-            torch._foreach_mul_([x.to_local() for x in gradients], share)
-        return norm
+        mesh = gradients[0].device_mesh
+        shards = mesh.get_group(mesh.ndim - 1)  # with copies across, if there are any
+        return clip([local(x) for x in gradients], max_norm, shards)
+
+    def memory(self) -> Memory:
+        return Memory.of_adamw(sum(local(p).nbytes for p in self.model.parameters()))
 
     def assign(self, name: str, value: Tensor) -> None:
         target = self.model.state_dict()[name]
-        if isinstance(target, DTensor):
-            place = target.device_mesh, target.placements
-            value = distribute_tensor(value.to(target), *place, src_data_rank=None).to_local()
-            target = target.to_local()
-        target.copy_(value)
-
-
-def _square(gradient: DTensor) -> Tensor:
-    """Of what this rank has, shared among those that have the same."""
-    mesh = gradient.device_mesh
-    copies = [mesh.size(i) for i, place in enumerate(gradient.placements) if place.is_replicate()]
-    return gradient.to_local().double().square().sum() / math.prod(copies)
+        copy_whole(target, value.to(target))
 
 
 def _partitioned(accelerator: Accelerator, *, mesh: Mesh, **parts: Any) -> Engine:

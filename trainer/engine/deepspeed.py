@@ -22,9 +22,8 @@ from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from parallel.collectives import sum_over_ranks
 from parallel.mesh import Mesh
-from trainer.engine import Engine, LossModule, State
+from trainer.engine import Engine, LossModule, Memory, State, clip
 from trainer.engine.owned_state import OwnedState
 from trainer.engine.partitions import Partitions
 from trainer.errors import ConfigError
@@ -84,13 +83,7 @@ class PartitionedEngine(Engine):
         return loss.detach()
 
     def clip_grad_norm(self, max_norm: float) -> float:
-        gradients = self._partitions.gradients()
-        squares = torch.stack([x.double().square().sum() for x in gradients]).sum()
-        norm = float(sum_over_ranks(squares, self.mesh.group).sqrt())
-        share = max_norm / (norm + 1e-6)  # as torch has it for whole gradients
-        if share < 1:
-            torch._foreach_mul_(gradients, share)
-        return norm
+        return clip(self._partitions.gradients(), max_norm, self.mesh.group)
 
     def step(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -101,6 +94,13 @@ class PartitionedEngine(Engine):
         """Takes the place of `step`: drops the gradients, which may not be finite, and changes
         nothing else."""
         self._partitions.drop_gradients()
+
+    def memory(self) -> Memory:
+        part = self._partitions.nbytes
+        if self._partitions.sharded:
+            return Memory.of_adamw(part)
+        # A copy of the own part of the parameters beside its moments.
+        return Memory(sum(p.nbytes for p in self.model.parameters()), part, 3 * part)
 
     def assign(self, name: str, value: Tensor) -> None:
         self._state.assign(name, value)

@@ -46,6 +46,11 @@ class Partitions:
         if not self.sharded:
             zero._lazy_init_hp_params_optimizer_state()
 
+    @property
+    def nbytes(self) -> int:
+        """Of the parameters whose update this rank does."""
+        return sum(flat.nbytes for flat in self._flats)
+
     def gradients(self) -> list[Tensor]:
         """Views, there behind the last micro-batch of a step; where there is padding it is 0."""
         if self._offloaded:
