@@ -155,9 +155,10 @@ class _SumScatter(_Messages):
         output_tensor: Tensor,
         input_tensor: Tensor,
         group: dist.ProcessGroup,
-        op: dist.ReduceOp,  # a sum, by set_force_sum_reduction_for_comms
+        op: dist.ReduceOp,
         async_op: bool = False,
     ) -> dist.Work | None:
+        assert op == dist.ReduceOp.SUM, op
         return sum_scatter_rows(output_tensor, input_tensor, group, async_op=async_op)
 
 

@@ -24,17 +24,17 @@ MODEL = [
     "mixer.kda.num_heads=4",
     "mixer.mla.num_heads=4",
 ]
-RUN = [*MODEL, "data.seq_len=80", "data.batch_size=8", "trainer.steps=5", "checkpoint.every=2"]
+RUN = [*MODEL, "data.seq_len=48", "data.batch_size=12", "trainer.steps=5", "checkpoint.every=2"]
 EXACT = "trainer.precision=fp64"
 CHECKPOINTING = "trainer.activation_checkpointing=true"
 CUT = "parallel.layout=zigzag"
-SHAPES = {  # of four ranks: a step is one micro-batch, or two or four accumulated
-    "cp1": ["trainer.micro_batch_size=2"],
+SHAPES = {  # of four ranks: a step is one micro-batch, or three to six accumulated
+    "cp1": ["trainer.micro_batch_size=3"],
     "cp1 accumulated": ["trainer.micro_batch_size=1", CHECKPOINTING],
-    "cp2": ["parallel=ring", CUT, "parallel.cp=2", "trainer.micro_batch_size=4"],
+    "cp2": ["parallel=ring", CUT, "parallel.cp=2", "trainer.micro_batch_size=6"],
     "cp2 accumulated": ["parallel=ulysses", "parallel.cp=2", CHECKPOINTING],
-    "cp4": ["parallel=usp", CUT, "parallel.cp=4", "trainer.micro_batch_size=8"],
-    "cp4 accumulated": ["parallel=gather", "parallel.cp=4", "trainer.micro_batch_size=2"],
+    "cp4": ["parallel=usp", CUT, "parallel.cp=4", "trainer.micro_batch_size=12"],
+    "cp4 accumulated": ["parallel=gather", "parallel.cp=4", "trainer.micro_batch_size=3"],
 }
 HSDP = ["engine=fsdp2", "engine.shard_ranks=2", "engine.reshard_after_forward=false"]
 ENGINES = {  # name -> overrides, how many of four ranks hold a copy of the model, and shapes
