@@ -121,7 +121,7 @@ def main(jobs: Path) -> None:
         if "dropped" in marks:
             drop_a_step(trainer)
         if "unsaved" in marks:
-            trainer.save = lambda: Path()
+            trainer.save = lambda **facts: None
         return trainer
 
     commands.build_trainer = build_watched
