@@ -28,22 +28,23 @@ from trainer.loop import Trainer
 
 
 def watch(trainer: Trainer, before: int | None = None) -> dict[str, Any]:
-    """Filled while the trainer takes its first step, before the update.
+    """Filled while the trainer takes steps, before each update.
 
-    gradients: name -> whole gradient, not clipped; bytes: what parameters, gradients and optimiser
-    hold on this rank; alive: what all tensors hold beside the `before` bytes that were there.
+    gradients: name -> whole gradient of the first step, not clipped; alive: what all tensors hold
+    in it beside the `before` bytes that were there; bytes: what parameters, gradients and optimiser
+    hold on this rank in the last step.
     """
     engine = trainer.engine
     seen: dict[str, Any] = {}
     clip = engine.clip_grad_norm
 
     def watched(max_norm: float) -> float:
-        parameters = engine.model.named_parameters()
         seen["bytes"] = bytes_of(engine)
-        if before is not None:
-            seen["alive"] = alive() - before
-        seen["gradients"] = {name: whole_gradient(p, trainer) for name, p in parameters}
-        engine.clip_grad_norm = clip
+        if "gradients" not in seen:
+            if before is not None:
+                seen["alive"] = alive() - before
+            parameters = engine.model.named_parameters()
+            seen["gradients"] = {name: whole_gradient(p, trainer) for name, p in parameters}
         return clip(max_norm)
 
     engine.clip_grad_norm = watched
@@ -134,7 +135,7 @@ def main(jobs: Path) -> None:
         try:
             commands.train(job["config"])
         except ConfigError as error:
-            print(f"refused: {error}", flush=True)
+            print(f"refused: {error}\n", end="", flush=True)  # in one piece
         else:
             file = Path(job["config"]["run_dir"], f"seen_{os.environ['RANK']}.pt")
             torch.save(seen.pop(), file)
