@@ -24,5 +24,6 @@ RUN python3 -m venv /opt/venv && /opt/venv/bin/pip install --no-cache-dir --edit
 RUN /opt/venv/bin/pip install --no-cache-dir --no-build-isolation --editable '.[gpu]'
 COPY . .
 ENV PATH=/opt/venv/bin:$PATH
-ENTRYPOINT ["torchrun"]
+# torchrun that lets its ranks save, however long it takes, before the container is stopped.
+ENTRYPOINT ["python", "/longhaul/scripts/launch.py"]
 CMD ["--standalone", "--nproc-per-node", "gpu", "scripts/train.py", "model=kimi_linear"]

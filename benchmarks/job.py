@@ -29,7 +29,7 @@ class JobFailed(Exception):
 class Job:
     """What to measure; travels to the process as JSON."""
 
-    kind: Literal["train", "transformers", "mixer", "attention", "saved", "matmul"]
+    kind: Literal["train", "transformers", "mixer", "attention", "checkpoint", "saved", "matmul"]
     dtype: Precision
     device: str
     threads: int  # of each rank

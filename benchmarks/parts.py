@@ -163,6 +163,6 @@ def _hybrid(config: Config, info: SequenceInfo, draw: Draw) -> Shared:
         stream: Stream = (x,)
         for layer in model.layers:
             stream = layer(stream, info)
-        return model.residual.read(stream)
+        return model.residual(stream)
 
     return Shared(model, [x], weights, run)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import activations, attention, machine, mixers, report, train
+from benchmarks import activations, attention, checkpoint, machine, mixers, report, train
 from benchmarks.job import Config, Job, JobFailed
 from benchmarks.report import Column, Row
 from benchmarks.settings import Dtype, Settings
@@ -24,6 +24,7 @@ SUITES: dict[str, ModuleType] = {
     "train": train,
     "mixers": mixers,
     "attention": attention,
+    "checkpoint": checkpoint,
     "activations": activations,
 }
 PART_COLUMNS = (

@@ -8,7 +8,7 @@ from typing import Literal
 from benchmarks.documents import Histogram
 from parallel.layout import Strategy
 
-Suite = Literal["train", "mixers", "attention", "activations"]
+Suite = Literal["train", "mixers", "attention", "checkpoint", "activations"]
 Scheme = Literal["ring", "gather", "ulysses", "usp", "state_passing"]
 Dtype = Literal["fp32", "bf16"]
 Malloc = Literal["keep", "default"]

@@ -16,6 +16,7 @@ from benchmarks.job import Job, Result
 from benchmarks.measure import matmul_flops, measure
 from benchmarks.profile import profile
 from benchmarks.saved import measure_saved
+from benchmarks.saves import measure_saves
 from benchmarks.subjects import mixer_pass, train_step, transformers_step
 from trainer.heap import keep_heap
 
@@ -30,6 +31,8 @@ def run(job: Job) -> Result:
         return {"flops": matmul_flops(job.dtype, job.device)}
     if job.kind == "attention":
         return measure_case(job)
+    if job.kind == "checkpoint":
+        return measure_saves(job)
     if job.kind == "saved":
         return measure_saved(job)
     subject = SUBJECTS[job.kind](job)

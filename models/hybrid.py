@@ -40,9 +40,9 @@ class Layer(nn.Module):
         self.ffn = ffn
 
     def forward(self, stream: Stream, info: SequenceInfo, cache: Cache | None = None) -> Stream:
-        x = self.mixer_norm(self.mixer_residual.read(stream))
+        x = self.mixer_norm(self.mixer_residual(stream))
         stream = self.mixer_residual.write(stream, self.mixer(x, info, cache))
-        x = self.ffn_norm(self.ffn_residual.read(stream))
+        x = self.ffn_norm(self.ffn_residual(stream))
         return self.ffn_residual.write(stream, self.ffn(x, info))
 
 
@@ -108,7 +108,7 @@ class HybridLM(nn.Module):
         stream: Stream = (self.embed(tokens),)
         for i, layer in enumerate(self.layers):
             stream = layer(stream, info, None if caches is None else caches[i])
-        return self.norm(self.residual.read(stream))
+        return self.norm(self.residual(stream))
 
     @property
     def head_weight(self) -> Tensor:

@@ -13,7 +13,7 @@ from models.checks import positive
 from models.ffn import FeedForward, SwiGLU
 from models.ops.choices import choose
 from models.ops.select import Ops
-from models.precision import full_precision, widen
+from models.precision import Island, full_precision, widen
 from models.sequence import SequenceInfo
 
 
@@ -28,7 +28,7 @@ class _CountInBackward(torch.autograd.Function):
     def forward(ctx, weights: Tensor, indices: Tensor, valid: Tensor, counts: Tensor) -> Tensor:
         ctx.save_for_backward(indices, valid)
         ctx.counts = counts
-        return weights.view_as(weights)
+        return weights.clone()  # no view: an engine puts hooks on what a layer returns
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -38,7 +38,7 @@ class _CountInBackward(torch.autograd.Function):
         return grad, None, None, None
 
 
-class Router(nn.Module):
+class Router(Island):
     """[tokens, d_model] -> weights and indices of the chosen experts, [tokens, top_k], in fp32.
 
     `bias` corrects the choice only; `counts` is the load since it was last taken.

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from models.precision import full_precision, widen
+from models.precision import Island, full_precision, widen
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Island):
     """[..., dim] -> the same, in the dtype of the input; computes in fp32 or wider."""
 
     def __init__(self, dim: int, *, eps: float = 1e-5) -> None:

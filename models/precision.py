@@ -1,7 +1,15 @@
 """Numbers that are never narrower than fp32: gates, decays, routing, states, norms' statistics."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+class Island(nn.Module):
+    """Base of modules whose parameters are never narrower than fp32, whatever surrounds them.
+
+    Nothing but their own forward reads these parameters, so that an engine may keep them in shards
+    and in a dtype of their own.
+    """
 
 
 def widen(x: Tensor) -> Tensor:

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from models.norm import RMSNorm
-from models.precision import full_precision, widen
+from models.precision import Island, full_precision, widen
 
 Stream = tuple[Tensor, ...]
 
 
 class Residual(nn.Module, ABC):
-    """What one sub-layer does with the stream."""
+    """What one sub-layer does with the stream: called with it, it gives the sub-layer's input."""
 
     @abstractmethod
-    def read(self, stream: Stream) -> Tensor: ...
+    def forward(self, stream: Stream) -> Tensor: ...
 
     @abstractmethod
     def write(self, stream: Stream, output: Tensor) -> Stream: ...
@@ -28,14 +28,14 @@ class Residual(nn.Module, ABC):
 class SumResidual(Residual):
     """One running sum: the plain pre-norm transformer."""
 
-    def read(self, stream: Stream) -> Tensor:
+    def forward(self, stream: Stream) -> Tensor:
         return stream[0]
 
     def write(self, stream: Stream, output: Tensor) -> Stream:
         return (stream[0] + output,)
 
 
-class AttentionResidual(Residual):
+class AttentionResidual(Residual, Island):
     """Reads a softmax mix of the stream, which holds the embedding and the sum of each block.
 
     The key of a source is its RMSNorm, the query a learned vector, zero at the start: an even mix.
@@ -52,7 +52,7 @@ class AttentionResidual(Residual):
     def reset_parameters(self, std: float) -> None:
         nn.init.zeros_(self.query)
 
-    def read(self, stream: Stream) -> Tensor:
+    def forward(self, stream: Stream) -> Tensor:
         with full_precision(stream[0]):
             query = widen(self.query)
             scores = torch.stack([self.norm(widen(source)) @ query for source in stream], dim=-1)

@@ -51,9 +51,33 @@ def max_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return x
 
 
+def spread(x: Tensor, source: int, group: dist.ProcessGroup | None) -> Tensor:
+    """What x is on rank `source`, in place and returned; without gradients."""
+    if group is not None:
+        with reaching_ranks():
+            dist.broadcast(x, group_src=source, group=group)
+    return x
+
+
 def start_sum(x: Tensor, group: dist.ProcessGroup) -> dist.Work:
     """Like `sum_over_ranks`, but returns at once; x holds the sum after the work's `wait()`."""
     return dist.all_reduce(x, group=group, async_op=True)
+
+
+def gather_rows(
+    out: Tensor, x: Tensor, group: dist.ProcessGroup, *, async_op: bool = False
+) -> dist.Work | None:
+    """[n, ...] of every rank into `out` [ranks x n, ...], in the order of the ranks."""
+    with reaching_ranks():
+        return _all_gather(out, x, group, async_op)
+
+
+def sum_scatter_rows(
+    out: Tensor, x: Tensor, group: dist.ProcessGroup, *, async_op: bool = False
+) -> dist.Work | None:
+    """This rank's part of the sum over ranks of x [ranks x n, ...] into `out` [n, ...]."""
+    with reaching_ranks():
+        return _reduce_scatter(out, x, group=group, async_op=async_op)
 
 
 def gather_objects(item: T, group: dist.ProcessGroup | None) -> list[T]:

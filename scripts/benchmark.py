@@ -1,4 +1,4 @@
-"""Measures: python scripts/benchmark.py suite=train|mixers|attention key=value ..."""
+"""Measures: python scripts/benchmark.py suite=NAME key=value ...; see conf/benchmark.yaml."""
 
 import sys
 from pathlib import Path

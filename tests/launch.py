@@ -9,6 +9,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def torchrun(ranks: int, *arguments: str, seconds: float = 120) -> subprocess.CompletedProcess:
     """`torchrun arguments` in the repository. Judge it by what it wrote rather than by its exit
     code: a finished process may rarely abort while it exits."""
@@ -25,9 +31,7 @@ def torchrun(ranks: int, *arguments: str, seconds: float = 120) -> subprocess.Co
 
 def by_hand(ranks: int, *arguments: str, seconds: float = 60) -> list[subprocess.CompletedProcess]:
     """`python arguments` on every rank, without a launcher that would end the others with one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     running = [
         subprocess.Popen(
             [sys.executable, *arguments],

@@ -28,11 +28,13 @@ CHOSEN = {
 }
 
 
-def resolve_parallel(config: Config) -> tuple[dict[str, Any], list[str]]:
+def resolve_parallel(
+    config: Config, environ: Mapping[str, str] = os.environ
+) -> tuple[dict[str, Any], list[str]]:
     """The section `parallel` without `auto`, and lines for the log that say why.
 
-    config: the sections parallel, model, mixer, data and trainer. All ranks find the same.
-    Raises ConfigError.
+    config: the sections parallel, model, mixer, data and trainer; environ: has torchrun's
+    variables in a run on ranks. All ranks find the same. Raises ConfigError.
     """
     section = dict(config["parallel"])
     left = [key for key in CHOSEN if section.get(key) == "auto"]
@@ -42,11 +44,10 @@ def resolve_parallel(config: Config) -> tuple[dict[str, Any], list[str]]:
         Parallelism, section | {key: CHOSEN[key] for key in left}, "parallel"
     )
     settings: Settings = call(Settings, config["trainer"], "trainer")
-    launched = "RANK" in os.environ
-    ranks = stated.cp or (int(os.environ["WORLD_SIZE"]) if launched else 1)
+    ranks = stated.cp or (int(environ["WORLD_SIZE"]) if "RANK" in environ else 1)
     setting = Setting(
         ranks=ranks,
-        node=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        node=int(environ.get("LOCAL_WORLD_SIZE", 1)),
         tokens=settings.micro_batch_size * config["data"]["seq_len"] // ranks,
         size=_activation_size(settings),
         scan_ranks=stated.scan_ranks,

@@ -23,9 +23,10 @@ from models.moe import MoE
 from models.ops.select import Ops
 from parallel.activation_checkpoint import apply_activation_checkpointing
 from parallel.context import apply_context_parallel, build_schemes, heads_needed
-from parallel.mesh import Mesh, join
+from parallel.mesh import Mesh, host_group, join
 from trainer.activations import store_activations
 from trainer.agreement import check_agreement
+from trainer.checkpoint.keep import Keep
 from trainer.checkpoint.store import CheckpointStore
 from trainer.checkpoint.weights import load_weights
 from trainer.console import Console, header
@@ -33,10 +34,12 @@ from trainer.construct import call, construct
 from trainer.data import TrainStream, build_data
 from trainer.engine import Engine, verify_gradient_factor
 from trainer.errors import ConfigError, naming
+from trainer.guard import Guard, Spike
 from trainer.heap import keep_heap
 from trainer.loop import Sink, Trainer
 from trainer.loss import LanguageModelLoss
 from trainer.metrics import MetricsFile, TensorBoard, Wandb, peak_flops
+from trainer.profiling import Profiling, StepProfiler
 from trainer.resume import check_resumable
 from trainer.settings import Evaluation, Logging, Numerics, Parallelism, Saving, Settings
 from trainer.sharder import Sharder
@@ -167,6 +170,7 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
     saving: Saving = call(Saving, config["checkpoint"], "checkpoint")
     evaluation: Evaluation = call(Evaluation, config["eval"], "eval")
     parallelism: Parallelism = call(Parallelism, config["parallel"], "parallel")
+    profiling: Profiling = call(Profiling, settings.profile, "trainer.profile")
     kept = settings.keep_heap and keep_heap()
     numerics = Numerics.choose(settings.precision, mesh.device)
     share: dict[str, Any] = {
@@ -189,7 +193,7 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
         mesh=mesh,
         stream=stream,
         sharder=sharder,
-        store=CheckpointStore(run_dir / "checkpoints", keep=saving.keep),
+        store=build_store(saving, evaluation, mesh, run_dir),
         learning_rate=build_learning_rate(config),
         steps=settings.steps,
         grad_clip=math.inf if settings.grad_clip is None else settings.grad_clip,
@@ -200,13 +204,35 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
         eval_every=evaluation.every,
         eval_batches=evaluation.batches,
         peak_flops=peak_flops(mesh.device, numerics.precision),
+        guard=build_guard(settings),
+        bad_batches=run_dir / "bad_batches.jsonl",
     )
-    facts: dict[str, Any] = {"mesh": mesh, "ops": ops, "numerics": numerics}
+    facts: dict[str, Any] = {
+        "mesh": mesh,
+        "ops": ops,
+        "numerics": numerics,
+        "memory": engine.memory(),
+    }
     for line in header(config, blueprint, parallelism=parallelism, heap_kept=kept, **facts):
         log.info(line)
     start_from(trainer, config)
     trainer.sinks = build_sinks(trainer, config, run_dir)
+    trainer.sinks += build_profiler(trainer, profiling, run_dir)
     return trainer
+
+
+def build_profiler(trainer: Trainer, profiling: Profiling, run_dir: Path) -> list[Sink]:
+    """On the ranks that are to write a profile, if there is to be one."""
+    rank, steps = trainer.mesh.rank, profiling.steps
+    if steps is None or rank not in profiling.ranks:
+        return []
+    return [StepProfiler(folder=run_dir / "profile", steps=steps, rank=rank, done=trainer.step)]
+
+
+def build_guard(settings: Settings) -> Guard:
+    keys = ("nonfinite", "max_skips", "rollback_steps", "max_rollbacks")
+    spike: Spike = call(Spike, settings.spike, "trainer.spike")
+    return Guard(spike=spike, **{key: getattr(settings, key) for key in keys})
 
 
 def build_engine(
@@ -223,12 +249,36 @@ def build_engine(
     make = functools.partial(construct, config["engine"], "engine", mesh=mesh, numerics=numerics)
     verify_gradient_factor(make, mesh)
     torch.manual_seed(settings.seed)
-    return make(
+    engine: Engine = make(
         loss=loss,
         initialise=functools.partial(
             materialise, model, device=mesh.device, dtype=numerics.parameters
         ),
         optimizer=lambda model: construct(config["optim"], "optim", model=model),
+    )
+    if settings.compile and not engine.compiles:
+        raise ConfigError(
+            "trainer.compile=true: parameters that ranks fetch for their use cannot be compiled; "
+            "allowed: false, or an engine other than zero3"
+        )
+    return engine
+
+
+def build_store(
+    saving: Saving, evaluation: Evaluation, mesh: Mesh, run_dir: Path
+) -> CheckpointStore:
+    """Where checkpoints go. Collective; raises ConfigError."""
+    if saving.keep_best and (not evaluation.every or saving.every % evaluation.every):
+        raise ConfigError(
+            f"checkpoint.keep_best={saving.keep_best}: with eval.every={evaluation.every} and "
+            f"checkpoint.every={saving.every} not every checkpoint has a loss; allowed: 0, or an "
+            "eval.every that divides checkpoint.every"
+        )
+    return CheckpointStore(
+        run_dir / "checkpoints",
+        keep=Keep(newest=saving.keep, every=saving.keep_every, best=saving.keep_best),
+        group=host_group(mesh),
+        background=saving.background,
     )
 
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from models.hybrid import HybridLM
 from models.ops.select import Ops
 from parallel.mesh import Mesh
+from trainer.engine import Memory
 from trainer.metrics import Record
 from trainer.settings import Numerics, Parallelism
 
@@ -65,15 +66,15 @@ def header(
     ops: Ops,
     numerics: Numerics,
     parallelism: Parallelism,
+    memory: Memory,
     heap_kept: bool,
 ) -> list[str]:
     """What the run is made of."""
     total = sum(parameter.numel() for parameter in model.parameters())
     rows, seq_len = config["data"]["batch_size"], config["data"]["seq_len"]
     passes = rows // (config["trainer"]["micro_batch_size"] * mesh.data_ranks)
-    # Weights, gradients and two moments of AdamW, all as wide as the weights.
-    state = 4 * sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
     context = [] if mesh.context is None else [f"context {parallelism.describe()}"]
+    state = sum(memory) / 2**30
     heap = "; freed memory stays in the process" if heap_kept else ""
     return [
         f"model   {config['model']['name']}: {total / 1e6:,.1f} M parameters, "
@@ -99,7 +100,7 @@ class Console:
     def log(self, record: Record) -> None:
         step = int(record["step"] or 0)
         self._bar.update(step - self._bar.n)
-        self._bar.set_postfix(loss=f"{record['loss']:.4f}")
+        self._bar.set_postfix(loss=_number(record["loss"], ".4f"))
         if step % self._every == 0 or step == self._steps or "eval_loss" in record:
             log.info(format_line(record, self._steps))
 
@@ -110,8 +111,8 @@ class Console:
 def format_line(record: Record, steps: int) -> str:
     parts = [
         f"step {record['step']:>{len(str(steps))}}/{steps}",
-        f"loss {record['loss']:.4f}",
-        f"grad_norm {record['grad_norm']:.3f}",
+        f"loss {_number(record['loss'], '.4f')}",
+        f"grad_norm {_number(record['grad_norm'], '.3f')}",
         f"lr {record['lr']:.2e}",
         f"{record['tokens_per_second']:,.0f} tokens/s",
         f"{record['tflops_per_device']:.3g} TFLOP/s",
@@ -121,4 +122,10 @@ def format_line(record: Record, steps: int) -> str:
         parts.insert(-1, f"mfu {record['mfu']:.1%}")
     if record.get("eval_loss") is not None:
         parts.append(f"eval_loss {record['eval_loss']:.4f}")
+    if record.get("skipped"):
+        parts.append("skipped")
     return "  ".join(parts)
+
+
+def _number(x: float | None, form: str) -> str:
+    return "not finite" if x is None else format(x, form)

@@ -1,6 +1,6 @@
 """The training loop: what one optimiser step is, and when to evaluate, save and stop."""
 
-import functools
+import json
 import logging
 import math
 import time
@@ -9,13 +9,13 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from models.hybrid import HybridLM
-from parallel.collectives import gather_objects, max_over_ranks, sum_over_ranks
+from parallel.collectives import LostRankError, gather_objects, max_over_ranks, sum_over_ranks
 from parallel.layout import TokenLayout
 from parallel.mesh import Mesh
 from trainer.batch import Batch
@@ -23,8 +23,10 @@ from trainer.checkpoint.store import CheckpointStore
 from trainer.data import TrainStream
 from trainer.engine import Engine
 from trainer.errors import ConfigError, TrainingError
+from trainer.guard import Fault, Guard
 from trainer.metrics import Record, peak_memory_gib
 from trainer.sharder import Sharder, digest
+from trainer.signals import StopSignals
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,8 @@ class Trainer:
     """Trains the model of `engine` from behind `step` to `steps`, steps counted from 1.
 
     learning_rate: from the step to the rate; held_out: fresh evaluation batches of this data rank;
-    sinks get every record before the step's checkpoint is published.
+    sinks get every record before the step's checkpoint is published. `signals` of any rank end the
+    run between two steps, `stopped_by` says which then. `beat` is told wherever the run goes on.
     """
 
     blueprint: HybridLM  # on the meta device, for what shapes alone tell
@@ -72,70 +75,93 @@ class Trainer:
     eval_batches: int | None = None
     peak_flops: float | None = None
     sinks: list[Sink] = field(default_factory=list)
+    guard: Guard = field(default_factory=Guard)
+    bad_batches: Path | None = None  # a line of JSON for each step that `guard` refused
+    signals: StopSignals = field(default_factory=StopSignals)
+    beat: Callable[[int], None] = lambda step: None
+    stopped_by: str | None = field(default=None, init=False)
     _reader: Executor = field(default_factory=lambda: ThreadPoolExecutor(1), init=False)
     _ahead: Future[_Prepared] | None = field(default=None, init=False)
     _read: dict | None = field(default=None, init=False)  # where the stream is behind this step
+    _saved: int | None = field(default=0, init=False)  # the step on disk if it is as it is here
 
     def run(self) -> Path | None:
         """-> the last checkpoint written, None if there was no step to do.
 
-        Raises TrainingError naming step and batch if loss or gradients are not finite; no
-        parameter has changed then, and no file. A held-out loss that is not ends the run too.
+        Raises TrainingError naming step and batch where `guard` says stop; no parameter has
+        changed then. A held-out loss that is not finite ends the run too.
         """
-        saved = None
         try:
-            while self.step < self.steps:
+            while self.step < self.steps and self.stopped_by is None:
                 record = self.train_step()
+                if record is None:
+                    continue
                 if self._due(self.eval_every):
-                    record["eval_loss"] = self._held_out_loss()
+                    self._add_held_out_loss(record)
                 for sink in self.sinks:
                     sink.log(record)
                 if self._due(self.save_every) or self.step == self.steps:
-                    saved = self.save()
+                    self.save(eval_loss=record.get("eval_loss"))
+            if self._asked_to_stop() and self.step != self._saved:
+                self.save()
+            self.beat(self.step)
+            saved = self.store.finish()
             if saved is not None and self.sharder is not None:
                 log.info(self.sharder.describe())
+        except LostRankError:  # which a save under way waits for too
+            raise
+        except BaseException:
+            self.store.settle()
+            raise
         finally:
             for sink in self.sinks:
                 sink.close()
         return saved
 
-    def train_step(self) -> Record:
-        """One optimiser step over the micro-batches of all ranks; -> its record."""
+    def train_step(self) -> Record | None:
+        """One optimiser step over the micro-batches of all ranks; -> its record.
+
+        None if there was none: a signal asks to stop, or the run went back to a checkpoint.
+        """
         start = time.perf_counter()
         ahead = self._ahead or self._reader.submit(self._prepare)
-        batches, layouts, epoch, self._read = ahead.result()
-        self._ahead = self._reader.submit(self._prepare)
-        labels, tokens, context = self._count(batches, digest(layouts))
-        losses = []
-        for i, batch in enumerate(batches, start=1):
-            last = i == len(batches)
-            batch = batch.to(self.mesh.device)
-            losses.append(self.engine.accumulate(batch, 1 / max(labels, 1), last=last))
-        local = torch.stack(losses).double()
+        batches, layouts, epoch, read = ahead.result()
+        self.beat(self.step)  # a rank whose storage does not answer is now behind the others
+        labels, tokens, context, asked = self._count(batches, digest(layouts))
+        if asked:
+            self._heed()
+            self._ahead = ahead
+            return None
+        self._ahead, self._read = self._reader.submit(self._prepare), read
+        local = self._accumulate(batches, labels)
         loss = float(sum_over_ranks(local.sum(), self.mesh.group)) / max(labels, 1)
         norm = self.engine.clip_grad_norm(self.grad_clip)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._stop(loss, norm, batches, local)
+        fault = self.guard.judge(loss, norm)
+        if fault is not None:
+            self._report(fault, loss, norm, batches, local)
+            self._drop()
+            if fault.action == "rollback":
+                self._go_back()
+                return None
         self.step += 1
         rate = self.learning_rate(self.step)
-        self.engine.step(rate)
-        self._balance_experts()
+        if fault is None:
+            self.store.wait_staged()
+            self.engine.step(rate)
+            self._balance_experts()
         seconds = time.perf_counter() - start
-        flops = 3 * tokens * self.blueprint.flops_per_token(context / max(tokens, 1))
-        achieved = flops / seconds / self.mesh.ranks
         record: Record = {
             "step": self.step,
-            "loss": loss,
-            "grad_norm": norm,
+            "loss": _finite(loss),
+            "grad_norm": _finite(norm),
             "lr": rate,
-            "tokens": labels,
-            "tokens_per_second": labels / seconds,
-            "tflops_per_device": achieved / 1e12,
-            "mfu": None if self.peak_flops is None else achieved / self.peak_flops,
+            **self._speed(labels, tokens, context, seconds),
             "peak_memory_gib": peak_memory_gib(self.mesh.device),
             "seconds": seconds,
             "epoch": epoch,
         }
+        if fault is not None:
+            record["skipped"] = True
         if self.sharder is not None:
             self.sharder.count(layouts)
         if self.mesh.context is not None:
@@ -143,17 +169,42 @@ class Trainer:
             record["comm_bytes"] = int(max_over_ranks(received, self.mesh.group))
         return record
 
-    def _held_out_loss(self) -> float | None:
+    def _accumulate(self, batches: list[Batch], labels: int) -> Tensor:
+        """[micro-batches], the loss sum of each."""
+        losses = []
+        for i, batch in enumerate(batches, start=1):
+            self.beat(self.step)
+            last = i == len(batches)
+            batch = batch.to(self.mesh.device)
+            losses.append(self.engine.accumulate(batch, 1 / max(labels, 1), last=last))
+        return torch.stack(losses).double()
+
+    def _speed(self, labels: int, tokens: int, context: int, seconds: float) -> Record:
+        flops = 3 * tokens * self.blueprint.flops_per_token(context / max(tokens, 1))
+        achieved = flops / seconds / self.mesh.ranks
+        return {
+            "tokens": labels,
+            "tokens_per_second": labels / seconds,
+            "tflops_per_device": achieved / 1e12,
+            "mfu": None if self.peak_flops is None else achieved / self.peak_flops,
+        }
+
+    def _add_held_out_loss(self, record: Record) -> None:
         loss = self.evaluate()
         if loss is not None and not math.isfinite(loss):  # alike on all ranks
             raise TrainingError(f"step {self.step}: eval_loss {loss} on the held-out documents")
-        return loss
+        if self.stopped_by is None:
+            record["eval_loss"] = loss
 
     def evaluate(self) -> float | None:
-        """Mean loss of a token of the held-out documents; None if there is none."""
+        """Mean loss of a token of the held-out documents; None if there is none, or a signal asks
+        to stop."""
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         labels = 0
         for batch in islice(self.held_out(), self.eval_batches):
+            self.beat(self.step)
+            if self._asked_to_stop():
+                return None
             batch = batch if self.sharder is None else self.sharder(batch)
             total += self.engine.evaluate(batch.to(self.mesh.device))
             labels += batch.valid_labels
@@ -162,21 +213,30 @@ class Trainer:
         labels = int(sum_over_ranks(torch.tensor(labels), self.mesh.group))
         return float(sum_over_ranks(total, self.mesh.group)) / labels if labels else None
 
-    def save(self) -> Path:
-        progress = {"step": self.step, "stream": self._read or self.stream.state()}
-        path = self.store.save(
-            self.step, self.engine.state(), progress=progress, config=self.config
-        )
-        log.info("saved %s", path)
-        return path
+    def save(self, *, eval_loss: float | None = None) -> None:
+        """Starts a checkpoint of this step; `store.finish` tells whether it was published."""
+        self.beat(self.step)
+        stream = self._read or self.stream.state()
+        progress = {"step": self.step, "stream": stream, "guard": self.guard.state()}
+        facts: dict[str, Any] = {"progress": progress, "config": self.config}
+        self.store.save(self.step, self.engine.state(), eval_loss=eval_loss, **facts)
+        self._saved = self.step
+        self.beat(self.step)
 
     def load(self, checkpoint: Path) -> None:
         """Goes on where the checkpoint was written."""
-        progress = self.store.progress(checkpoint)
+        reader = self.store.reader(checkpoint)
+        if self._ahead is not None:
+            self._ahead.result()  # moves the stream
         self._ahead, self._read = None, None
+        progress = reader.progress
         self.stream.restore(progress["stream"])  # first: names another tokenizer, not its shapes
-        self.engine.load(functools.partial(self.store.load, checkpoint))
-        self.step = progress["step"]
+        reader.check(self.engine.state())
+        self.engine.load(reader.fill)
+        reader.restore_generators()
+        if "guard" in progress:  # older checkpoints have none
+            self.guard.restore(progress["guard"])
+        self.step = self._saved = progress["step"]
 
     def _prepare(self) -> _Prepared:
         """Reads the next step and plans its layouts, while the step before it computes."""
@@ -189,26 +249,40 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def _count(self, batches: list[Batch], plan: int) -> tuple[int, int, int]:
-        """Labels, tokens and tokens seen, over micro-batches and ranks; on the host, so that no
-        device is waited for.
+    def _count(self, batches: list[Batch], plan: int) -> tuple[int, int, int, int]:
+        """Labels, tokens and tokens seen, over micro-batches and ranks, and the ranks that a signal
+        asks to stop; on the host, so that no device is waited for.
 
         plan: a digest of what this rank knows that its context peers must know too. Raises
         ConfigError on every rank if one group's digests differ, as the next message would never
         arrive.
         """
-        local = torch.zeros(3 + 2 * self.mesh.data_ranks, dtype=torch.int64)
+        local = torch.zeros(4 + 2 * self.mesh.data_ranks, dtype=torch.int64)
         local[:3] = torch.tensor([_extent(batch) for batch in batches]).sum(0)
-        own = 3 + 2 * self.mesh.data_rank
+        local[3] = self.signals.noted is not None
+        own = 4 + 2 * self.mesh.data_rank
         local[own : own + 2] = torch.tensor([plan, plan**2])
-        labels, tokens, context, *sums = sum_over_ranks(local, self.mesh.group).tolist()
+        labels, tokens, context, asked, *sums = sum_over_ranks(local, self.mesh.group).tolist()
         for data_rank, (total, squares) in enumerate(zip(sums[::2], sums[1::2], strict=True)):
             if squares * self.mesh.context_ranks != total**2:  # equal just if all terms are
                 raise ConfigError(
                     f"step {self.step + 1}: the context ranks of data rank {data_rank} planned "
                     "different layouts; allowed: the same configuration, data and version on each"
                 )
-        return labels, tokens, context
+        return labels, tokens, context, asked
+
+    def _asked_to_stop(self) -> bool:
+        """By a signal to any of the ranks, now or before."""
+        if self.stopped_by is None:
+            noted = torch.tensor(self.signals.noted is not None, dtype=torch.int64)
+            if sum_over_ranks(noted, self.mesh.group):
+                self._heed()
+        return self.stopped_by is not None
+
+    def _heed(self) -> None:
+        signals = gather_objects(self.signals.noted, self.mesh.group)
+        self.stopped_by = next(name for name in signals if name)
+        log.info("%s: stopping behind step %d", self.stopped_by, self.step)
 
     def _balance_experts(self) -> None:
         routers = self.engine.model.routers()
@@ -221,15 +295,56 @@ class Trainer:
             router.update_bias(part, self.router_bias_rate)
             router.counts.zero_()
 
-    def _stop(self, loss: float, norm: float, batches: list[Batch], losses: Tensor) -> None:
-        """Every rank sees the same loss and norm, so every rank gets here."""
+    def _report(
+        self, fault: Fault, loss: float, norm: float, batches: list[Batch], losses: Tensor
+    ) -> None:
+        """Leaves the batches of a step in a file and the log; raises TrainingError if it ends the
+        run. Every rank sees the same loss and norm, so every rank gets here."""
         pairs = [(b.source, x) for b, x in zip(batches, losses.tolist(), strict=True)]
-        everywhere = [pair for part in gather_objects(pairs, self.mesh.group) for pair in part]
+        parts = gather_objects(pairs, self.mesh.group)
+        everywhere = [pair for part in parts for pair in part]
         bad = [source for source, x in everywhere if not math.isfinite(x)]
         named = bad or [source for source, _ in everywhere]
-        raise TrainingError(
-            f"step {self.step + 1}: loss {loss}, grad_norm {norm} in batch {'; '.join(named)}"
-        )
+        step = self.step + 1
+        if self.mesh.main and self.bad_batches is not None:
+            line: dict[str, object] = {"step": step, "action": fault.action, "reason": fault.reason}
+            line |= {"loss": _finite(loss), "grad_norm": _finite(norm)}
+            line["batches"] = [[source for source, _ in part] for part in parts]
+            with self.bad_batches.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        told = f"step {step}: {fault.reason} in batch {'; '.join(named)}"
+        if fault.action == "stop":
+            raise TrainingError(told)
+        log.warning("%s: %s", fault.action, told)
+
+    def _drop(self) -> None:
+        """Nothing is left of the gradients and loads of a step that is not taken."""
+        self.engine.drop()
+        for router in self.engine.model.routers():
+            router.counts.zero_()
+
+    def _go_back(self) -> None:
+        """To a checkpoint; the data goes on behind the batch that was just seen."""
+        limit = self.step + 1 - self.guard.rollback_steps
+        read, rollbacks = self._read, self.guard.rollbacks + 1
+        checkpoint = self.store.newest(last_step=limit)
+        if checkpoint is None:
+            raise TrainingError(
+                f"step {self.step + 1}: no checkpoint to go back to at step {limit} or before"
+            )
+        self.load(checkpoint)
+        assert read is not None
+        self.stream.restore(read)
+        self._read, self.guard.rollbacks = read, rollbacks
+        self._saved = None  # its data goes on elsewhere
+        if self.mesh.context is not None:
+            self.mesh.context.traffic.take()
+        log.warning("went back to %s; the data goes on behind the batch", checkpoint.name)
+
+
+def _finite(x: float) -> float | None:
+    """None for what JSON has no name for."""
+    return x if math.isfinite(x) else None
 
 
 def _extent(batch: Batch) -> tuple[int, int, int]:

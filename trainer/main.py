@@ -1,9 +1,11 @@
 """The commands: compose a configuration, do the job, and end with an exit code that says how.
 
-0 done; 1 the run failed; 2 bad configuration, with one line on standard error.
+0 done; 1 the run failed; 2 bad configuration, with one line on standard error; 75 stopped by a
+signal, behind a complete checkpoint.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -29,6 +31,7 @@ from parallel import mesh as meshes
 from parallel.collectives import LostRankError
 from trainer.auto_parallel import resolve_parallel
 from trainer.build import build_mesh, build_trainer
+from trainer.check import check_run
 from trainer.checkpoint.convert import convert as write_weights
 from trainer.checkpoint.weights import open_weights
 from trainer.console import configure_logging, log, log_to_file
@@ -37,13 +40,16 @@ from trainer.errors import ConfigError, TrainingError
 from trainer.evaluate import run_task, trained_on
 from trainer.generation import write_text
 from trainer.run_folder import session, write_whole
-from trainer.settings import Start
+from trainer.settings import Settings, Start
+from trainer.signals import EXIT_STOPPED, StopSignals, end_with_launcher
+from trainer.slurm import job as slurm
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
 def command(config_name: str, job: Callable[[dict[str, Any]], object]) -> None:
     """Runs `job` on conf/<config_name>.yaml with the command line's changes; ends the process."""
+    end_with_launcher()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, instead of printing and exiting with 1
     register_mixers()
     sys.argv[1:] = map(verbatim, sys.argv[1:])
@@ -83,6 +89,12 @@ def verbatim(argument: str) -> str:
         return argument
     text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # no interpolation
     return f"prompt={QuotedString(text, Quote.single).with_quotes()}"
+
+
+def quoted(path: str) -> str:
+    """A path as the value of an override, which Hydra reads as nothing else."""
+    harmless = "/" in path and re.fullmatch(r"[\w./-]+", path)
+    return path if harmless else QuotedString(path, Quote.single).with_quotes()
 
 
 def check_choices(arguments: list[str]) -> None:
@@ -139,23 +151,69 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 
 def train(config: dict[str, Any]) -> None:
-    """One run, from nothing or from its last checkpoint, to its last step."""
-    start: Start = call(Start, {key: config[key] for key in ("run_dir", "resume", "init_from")}, "")
-    run_dir = Path(start.run_dir or Path("runs", str(config["model"]["name"])), job_folder())
+    """One run, from nothing or from its last checkpoint, to its last step.
+
+    Raises SystemExit where a signal ended it before that, and behind a job of a sweep during which
+    one came, as no other is to follow.
+    """
+    run_dir = choose_run_dir(config)
     config["run_dir"] = str(run_dir)
+    settings: Settings = call(Settings, config["trainer"], "trainer")
     config["parallel"], reasons = resolve_parallel(config)
     mesh = build_mesh(config["parallel"])
     configure_logging(main=mesh.main)
-    with meshes.membership(mesh), session(run_dir, mesh):
+    with (
+        StopSignals() as signals,
+        meshes.membership(
+            mesh,
+            lost_seconds=settings.lost_rank_seconds,
+            hang_seconds=settings.hang_seconds,
+            folder=run_dir,
+        ) as watchdog,
+        session(run_dir, mesh, watchdog) as status,
+    ):
         if mesh.main:
             log_to_file(run_dir / "train.log")
+        if status.left:
+            log.warning(status.left)
         for reason in reasons:
             log.info("auto    %s", reason)
         trainer = build_trainer(config, mesh=mesh, run_dir=run_dir)
+        trainer.signals, trainer.beat = signals, watchdog.beat
         if mesh.main:
             write_whole(run_dir / "config.yaml", trainer.config)
-        if trainer.run() is None:
+        if trainer.run() is None and trainer.step == trainer.steps:
             log.info("nothing to do: trainer.steps=%d is reached", trainer.steps)
+        early = trainer.step < trainer.steps
+        status.ends(step=trainer.step)
+        if early:
+            status.ends(outcome="stopped", signal=trainer.stopped_by)
+    if early or (trainer.stopped_by is not None and job_folder()):
+        raise SystemExit(EXIT_STOPPED)
+
+
+def choose_run_dir(config: dict[str, Any]) -> Path:
+    """The key run_dir, or runs/<model name>; a job of a sweep has a folder below it."""
+    start: Start = call(Start, {key: config[key] for key in ("run_dir", "resume", "init_from")}, "")
+    return Path(start.run_dir or Path("runs", str(config["model"]["name"])), job_folder())
+
+
+def submit(config: dict[str, Any]) -> None:
+    """Prints the batch script of a run, checked as far as it can be, and hands it to Slurm."""
+    own = [key.name for key in dataclasses.fields(slurm.Job)]
+    job: slurm.Job = call(slurm.Job, {key: config.pop(key) for key in own}, "")
+    cluster: slurm.Cluster = call(slurm.Cluster, config.pop("cluster"), "cluster")
+    run_dir = choose_run_dir(config)
+    check_run(config, nodes=job.nodes, node_ranks=job.node_ranks, files=cluster.container is None)
+    kept_here = {*own, "cluster", "run_dir"}
+    given = HydraConfig.get().overrides.task
+    train = [x for x in given if re.split(r"[.=@]", x.lstrip("+~"))[0] not in kept_here]
+    train.append(f"run_dir={quoted(str(run_dir))}")
+    name = "-".join(run_dir.parts[-2:] if job_folder() else run_dir.parts[-1:])
+    script = slurm.render(job, cluster, name=name, run_dir=run_dir, train=train)
+    print(script)
+    if not job.dry_run:
+        print(f"submitted job {slurm.submit(script, run_dir)}: {run_dir}")
 
 
 def evaluate(config: dict[str, Any]) -> None:

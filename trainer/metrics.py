@@ -56,15 +56,22 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class MetricsFile:
-    """metrics.jsonl: one line per optimiser step, each written at once."""
+    """metrics.jsonl: one line per optimiser step, each written at once.
+
+    A step that is not ahead of the last one cuts the lines from it on: the run went back.
+    """
 
     def __init__(self, path: Path, *, last_step: int) -> None:
         """Keeps the lines up to `last_step`, cuts the others and what a crash left half-written."""
-        keep = _intact_bytes(path, last_step) if path.exists() else 0
+        self._path, self._step = path, last_step
         self._file = path.open("ab", buffering=0)
-        self._file.truncate(keep)
+        self._file.truncate(_intact_bytes(path, last_step))
 
     def log(self, record: Record) -> None:
+        step = int(record["step"] or 0)
+        if step <= self._step:
+            self._file.truncate(_intact_bytes(self._path, step - 1))
+        self._step = step
         self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
 
     def close(self) -> None:

@@ -8,11 +8,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from parallel.collectives import barrier
+from parallel.collectives import LostRankError, barrier
 from parallel.mesh import Mesh
+from parallel.watchdog import Watchdog
 from trainer.errors import ConfigError
 
 LOCK_SECONDS = 30.0  # time for the run before a restart to end
+_TAIL = 8192  # bytes that hold a line of metrics.jsonl
 
 
 @contextlib.contextmanager
@@ -40,22 +42,85 @@ def hold(run_dir: Path, *, wait: float = LOCK_SECONDS) -> Iterator[None]:
         yield
 
 
+class Status:
+    """status.json: what a scheduler reads when the exit code got lost, and who is at work.
+
+    It holds outcome (running, done, stopped or failed), host, pid and started, and what else is
+    known in the end: the reason, or the signal, and the step. Nothing is written without a folder.
+    """
+
+    def __init__(self, run_dir: Path | None) -> None:
+        self.run_dir = run_dir
+        self.left = "" if run_dir is None else _left_running(run_dir)
+        started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self._facts = {"host": os.uname().nodename, "pid": os.getpid(), "started": started}
+        self._end: dict[str, object] = {"outcome": "done"}
+        self._write({"outcome": "running"})
+
+    def ends(self, **facts: object) -> None:
+        """What is to stand there once the session has ended without an error."""
+        self._end |= facts
+
+    def finish(self) -> None:
+        self._write(self._end)
+
+    def fail(self, reason: str) -> None:
+        self._write({"outcome": "failed", "reason": reason})
+
+    def _write(self, end: dict[str, object]) -> None:
+        if self.run_dir is not None:
+            write_whole(self.run_dir / "status.json", json.dumps(end | self._facts) + "\n")
+
+
 @contextlib.contextmanager
-def session(run_dir: Path, mesh: Mesh) -> Iterator[None]:
-    """The main process holds the folder and leaves the outcome there; the others wait for it."""
-    if not mesh.main:
+def session(run_dir: Path, mesh: Mesh, watchdog: Watchdog | None = None) -> Iterator[Status]:
+    """The main process holds the folder and leaves the outcome there; the others wait for it.
+
+    The watchdog leaves there what it ends the run for.
+    """
+    with hold(run_dir) if mesh.main else contextlib.nullcontext():
         barrier(mesh.group)
-        yield
-        return
-    with hold(run_dir):
-        barrier(mesh.group)
-        write_status(run_dir, "running")
+        status = Status(run_dir if mesh.main else None)
+        if watchdog is not None:
+            watchdog.last_words = status.fail
         try:
-            yield
+            yield status
         except BaseException as error:
-            write_status(run_dir, "failed", reason=str(error) or type(error).__name__)
+            reason = str(error) or type(error).__name__
+            if isinstance(error, LostRankError) and watchdog is not None:
+                reason = watchdog.reason(reason)
+            status.fail(reason)
             raise
-        write_status(run_dir, "done")
+        status.finish()
+
+
+def _left_running(run_dir: Path) -> str:
+    """A line on the run before this one if it never wrote its end; empty if it did.
+
+    Who holds the folder knows that it is over.
+    """
+    try:
+        before = json.loads((run_dir / "status.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return ""
+    if before["outcome"] != "running":
+        return ""
+    process = f"process {before.get('pid')} on {before.get('host')}"
+    return f"the run before ended without a word: {process}, behind step {_last_step(run_dir)}"
+
+
+def _last_step(run_dir: Path) -> int:
+    """The step of the last whole line of metrics.jsonl; 0 without one."""
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        file.seek(-min(path.stat().st_size, _TAIL), os.SEEK_END)
+        lines = file.read().splitlines()
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            return int(json.loads(line)["step"])
+    return 0
 
 
 def _try_lock(descriptor: int) -> bool:
@@ -64,11 +129,6 @@ def _try_lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def write_status(run_dir: Path, outcome: str, **facts: object) -> None:
-    """status.json, replaced in one piece: what a scheduler reads when the exit code got lost."""
-    write_whole(run_dir / "status.json", json.dumps({"outcome": outcome, **facts}) + "\n")
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -1,13 +1,14 @@
 """The sections of the configuration that belong to no constructor, typed and checked."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from parallel.block_scaled import Format
 from parallel.context import AttentionScheme, RecurrenceScheme
 from parallel.layout import Strategy
+from trainer.guard import Action
 
 Precision = Literal["fp32", "bf16", "fp64"]
 ActivationStorage = Literal["exact", Format]
@@ -55,6 +56,14 @@ class Settings:
     compile: bool
     loss_tile: int
     keep_heap: bool
+    nonfinite: Action
+    spike: Any  # the section of trainer.guard.Spike
+    max_skips: int
+    rollback_steps: int
+    max_rollbacks: int
+    lost_rank_seconds: float
+    hang_minutes: float | None
+    profile: Any  # the section of trainer.profiling.Profiling
 
     def __post_init__(self) -> None:
         for name in ("steps", "micro_batch_size", "loss_tile"):
@@ -64,11 +73,22 @@ class Settings:
             raise ValueError(f"grad_clip is {self.grad_clip}; allowed: above 0, or null")
         if self.router_bias_rate < 0:
             raise ValueError(f"router_bias_rate is {self.router_bias_rate}; allowed: 0 or more")
+        for name in ("max_skips", "rollback_steps", "max_rollbacks"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 0 or more")
+        if self.lost_rank_seconds < 2:
+            raise ValueError(f"lost_rank_seconds is {self.lost_rank_seconds}; allowed: 2 or more")
+        if self.hang_minutes is not None and self.hang_minutes <= 0:
+            raise ValueError(f"hang_minutes is {self.hang_minutes}; allowed: above 0, or null")
         if self.rounding and self.compile and not self.activation_checkpointing:
             raise ValueError(
                 f"activation_storage is {self.rounding}; allowed: exact where compile=true decides "
                 "what is kept, unless activation_checkpointing=true"
             )
+
+    @property
+    def hang_seconds(self) -> float | None:
+        return None if self.hang_minutes is None else 60 * self.hang_minutes
 
     @property
     def rounding(self) -> Format | None:
@@ -82,9 +102,12 @@ class Saving:
 
     every: int
     keep: int
+    keep_every: int
+    keep_best: int
+    background: bool
 
     def __post_init__(self) -> None:
-        for name in ("every", "keep"):
+        for name in ("every", "keep", "keep_every", "keep_best"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: 0 or more")
 

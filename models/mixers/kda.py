@@ -15,11 +15,11 @@ from models.mixer import Cache, Mixer
 from models.norm import RMSNorm
 from models.ops.conv import behind
 from models.ops.select import Ops
-from models.precision import full_precision, widen
+from models.precision import Island, full_precision, widen
 from models.sequence import SequenceInfo
 
 
-class DecayGate(nn.Module):
+class DecayGate(Island):
     """Logits [B, S, H, K] -> log-decay <= 0, natural, always in fp32 or wider.
 
     -exp(log_rate) softplus(z), or between lower_bound and 0: lower_bound sigmoid(exp(log_rate) z),
@@ -130,7 +130,8 @@ class KimiDeltaAttention(Mixer):
         self, qkv: Tensor, info: SequenceInfo, cache: Cache | None
     ) -> tuple[Tensor, ...]:
         history = None if cache is None else cache.get("conv")
-        mixed = F.silu(self.conv(qkv, self.conv_weight, info, history=history))
+        weight = self.conv_weight.to(qkv.dtype)  # like the weights of a linear layer
+        mixed = F.silu(self.conv(qkv, weight, info, history=history))
         if cache is not None:
             cache["conv"] = behind(history, qkv, self.conv_width - 1)[:, qkv.shape[1] :].clone()
         return mixed.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)

@@ -43,7 +43,7 @@ def test_stream_equals_the_written_out_sum(block):
     for i, residual in enumerate(residuals):
         sums = [sum(outputs[j : j + block]) for j in range(0, len(outputs), block)]
         expected = mix(residual, [x, *sums])
-        read = residual.read(stream)
+        read = residual(stream)
         torch.testing.assert_close(read, expected)
         if i < 5:
             stream = residual.write(stream, sublayer(i, read))
@@ -54,7 +54,7 @@ def test_starts_as_an_even_mix():
     residual = make_residuals(1, 0)[0]
     residual.reset_parameters(0.02)
     stream = tuple(torch.full((1, 1, D), float(i), dtype=torch.float64) for i in (1, 2, 6))
-    torch.testing.assert_close(residual.read(stream), torch.full((1, 1, D), 3.0).double())
+    torch.testing.assert_close(residual(stream), torch.full((1, 1, D), 3.0).double())
 
 
 def test_sum_residual_adds():

@@ -1,8 +1,10 @@
 """The loop on a tiny model: what a step means, when it stops, what it leaves."""
 
+import errno
 import functools
 import json
 import math
+import threading
 
 import pytest
 import torch
@@ -11,6 +13,9 @@ from torch._dynamo.utils import counters
 from parallel.mesh import Mesh
 from tests.trainer.tiny import config
 from trainer.build import build_trainer
+from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.staging import HostBuffers
+from trainer.checkpoint.weights import open_weights
 from trainer.errors import ConfigError, TrainingError
 from trainer.loop import Trainer
 
@@ -157,7 +162,9 @@ def test_saves_on_schedule_and_the_last_step_once(make, tmp_path):
     assert make("checkpoint.every=2").run() is None  # nothing is left to do
 
 
-@pytest.mark.parametrize("more", [[], ["trainer.precision=fp64"], ["engine.bucket_mb=1"]])
+@pytest.mark.parametrize(
+    "more", [[], ["trainer.precision=fp64", "checkpoint.background=false"], ["engine.bucket_mb=1"]]
+)
 def test_resuming_is_bitwise(make, tmp_path, more):
     fixed = ["checkpoint.every=2", "checkpoint.keep=0", "schedule.total_steps=4", *more]
     whole = make(*fixed)
@@ -169,6 +176,68 @@ def test_resuming_is_bitwise(make, tmp_path, more):
     for key in ("step", "loss", "grad_norm", "lr", "tokens", "epoch"):
         assert [r[key] for r in records(tmp_path)] == [r[key] for r in expected], key
     torch.testing.assert_close(weights(resumed), end, rtol=0, atol=0)
+
+
+def test_a_checkpoint_holds_its_step_though_the_next_one_goes_on(make, tmp_path, monkeypatch):
+    """Its copies are taken as late as can be: when the step that follows waits for them."""
+    trainer = make("checkpoint.every=2", "checkpoint.keep=0")
+    copy, wait, asked = HostBuffers.copy, trainer.store.wait_staged, threading.Event()
+    saved = {}
+
+    def late_copy(self, state):
+        assert asked.wait(20)
+        return copy(self, state)
+
+    def wait_staged():
+        asked.set()
+        wait()
+
+    save = trainer.store.save
+
+    def noting_save(step, *args, **facts):
+        asked.clear()
+        saved[step] = weights(trainer)
+        save(step, *args, **facts)
+        if step == trainer.steps:
+            asked.set()
+
+    monkeypatch.setattr(HostBuffers, "copy", late_copy)
+    trainer.store.wait_staged, trainer.store.save = wait_staged, noting_save
+    trainer.run()
+    assert list(saved) == [2, 4]
+    for step, expected in saved.items():
+        source = open_weights(tmp_path / "run" / "checkpoints" / f"step_{step:08}")
+        torch.testing.assert_close({n: source.get(n) for n in expected}, expected, rtol=0, atol=0)
+
+
+def test_a_save_that_fails_ends_the_run_only_if_it_is_the_last(make, tmp_path, monkeypatch, caplog):
+    seal, full = CheckpointFolder.seal, {2}
+
+    def sometimes(self, step, *args, **facts):
+        if step in full:
+            raise OSError(errno.ENOSPC, "No space left on device", "a file")
+        seal(self, step, *args, **facts)
+
+    monkeypatch.setattr(CheckpointFolder, "seal", sometimes)
+    assert make("trainer.steps=3", "checkpoint.every=1").run().name == "step_00000003"
+    line = "step 2 is not saved: a file: No space left on device"
+    assert [r.message for r in caplog.records if r.levelname == "WARNING"] == [line]
+    full.add(5)
+    with pytest.raises(TrainingError, match="step 5 is not saved: a file: No space left"):
+        make("trainer.steps=5", "checkpoint.every=1").run()
+    assert len(records(tmp_path)) == 5
+    assert make("trainer.steps=6").step == 4
+
+
+def test_the_best_checkpoints_are_those_of_the_lowest_eval_loss(make, tmp_path):
+    trainer = make(
+        "checkpoint.every=1", "checkpoint.keep=1", "checkpoint.keep_best=2", "eval.every=1"
+    )
+    losses = iter([3.0, 1.0, 2.0, 4.0])
+    trainer.evaluate = lambda: next(losses)
+    trainer.run()
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000002", "step_00000003", "step_00000004"]
 
 
 def test_hyperparameters_are_the_configurations(make):

@@ -1,6 +1,7 @@
 """The command line: exit codes, the one line of an error, the files of a run."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -35,7 +36,8 @@ def test_a_run_from_start_to_end(train, tmp_path):
     code, out, errors = train(*arguments)
     assert (code, errors) == (0, [])
     folder = tmp_path / "run"
-    assert json.loads((folder / "status.json").read_text()) == {"outcome": "done"}
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["outcome"], status["step"], status["pid"]) == ("done", 4, os.getpid())
     assert yaml.safe_load((folder / "config.yaml").read_text())["schedule"]["total_steps"] == 4
     shown = out.splitlines()
     assert [line[:8] for line in shown if line.startswith("step ")] == ["step 2/4", "step 4/4"]
@@ -77,14 +79,31 @@ def test_a_sweep_gives_each_job_a_folder(train, tmp_path, run_dir):
         ("mixer.kda.heads=1", "mixer.kda.heads=1: unknown key; allowed: mixer.kda.num_heads, "),
         ("+trainer.stepz=1", "trainer.stepz=1: unknown key; allowed: activation_checkpointing, "),
         ("model=none", "model=none: unknown choice; allowed: kimi_linear, "),
-        ("engine=none", "engine=none: unknown choice; allowed: ddp"),
-        ("engine=null", "engine=null: unknown choice; allowed: ddp"),
+        ("engine=none", "engine=none: unknown choice; allowed: accelerate, ddp"),
+        ("engine=null", "engine=null: unknown choice; allowed: accelerate, ddp"),
         ("schedule=[]", "schedule=[]: unknown choice; allowed: constant, cosine, wsd"),
         ("trainer.steps=many", "trainer.steps=many: allowed: int"),
         ("trainer.steps=0", "trainer.steps is 0; allowed: 1 or more"),
         ("trainer.seed=9223372036854775808", "trainer.seed=9223372036854775808: allowed: int"),
         ("trainer.grad_clip=nan", "trainer.grad_clip=nan: allowed: finite float or null"),
+        ("trainer.nonfinite=ask", "trainer.nonfinite=ask: allowed: stop, skip, rollback"),
+        ("trainer.spike.window=1", "trainer.spike.window is 1; allowed: 2 or more"),
+        ("trainer.spike=none", "trainer.spike=none: allowed: a section, whose keys are trainer.sp"),
+        ("trainer.max_skips=-1", "trainer.max_skips is -1; allowed: 0 or more"),
+        ("trainer.lost_rank_seconds=1", "trainer.lost_rank_seconds is 1; allowed: 2 or more"),
+        ("trainer.hang_minutes=0", "trainer.hang_minutes is 0; allowed: above 0, or null"),
+        ("trainer.profile.steps=[3,2]", "trainer.profile.steps is [3, 2]; allowed: [first, last]"),
         ("trainer.router_bias_rate=-1", "trainer.router_bias_rate is -1; allowed: 0 or more"),
+        ("checkpoint.keep_every=-1", "checkpoint.keep_every is -1; allowed: 0 or more"),
+        ("checkpoint.background=1", "checkpoint.background=1: allowed: bool"),
+        (
+            "checkpoint.keep_best=2 eval.every=0",
+            "checkpoint.keep_best=2: with eval.every=0 and checkpoint.every=200 not every",
+        ),
+        (
+            "checkpoint.keep_best=2 eval.every=3 checkpoint.every=4",
+            "checkpoint.keep_best=2: with eval.every=3 and checkpoint.every=4 not every",
+        ),
         ("eval.batches=0", "eval.batches is 0; allowed: 1 or more, or null"),
         ("trainer.steps=[1", "'trainer.steps=[1': not understood"),
         ("trainer.precision=fp8", "trainer.precision=fp8: allowed: fp32, bf16, fp64 or null"),
@@ -119,7 +138,8 @@ def test_a_run_that_fails_says_why_and_exits_with_1(train, tmp_path):
     assert code == 1
     assert len(errors) == 1 and errors[0].startswith("error: step 2: loss nan")
     status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert status == {"outcome": "failed", "reason": errors[0].removeprefix("error: ")}
+    assert status["outcome"] == "failed"
+    assert status["reason"] == errors[0].removeprefix("error: ")
 
 
 def test_a_held_out_loss_that_is_not_finite_ends_the_run(train, tmp_path):

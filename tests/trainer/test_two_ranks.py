@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import torch
 
 from tests.launch import torchrun
 from tests.trainer.tiny import overrides
+from trainer.checkpoint.convert import convert
+from trainer.checkpoint.weights import open_weights
 
 
 def records(run_dir) -> list[dict]:
@@ -30,7 +33,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["run", "resumed", "alone"])
 def test_a_run_is_done(folder, name):
-    assert json.loads((folder / name / "status.json").read_text()) == {"outcome": "done"}
+    assert json.loads((folder / name / "status.json").read_text())["outcome"] == "done"
     assert (folder / name / "checkpoints" / "step_00000004").is_dir()
     assert (folder / name / "train.log").read_text().count("step 4/4") == 1
 
@@ -39,6 +42,14 @@ def test_resuming_is_bitwise(folder):
     whole, resumed = records(folder / "run")[2:], records(folder / "resumed")
     for key in ("step", "loss", "grad_norm", "lr", "tokens", "epoch"):
         assert [r[key] for r in resumed] == [r[key] for r in whole], key
+
+
+def test_one_process_converts_what_two_wrote(folder):
+    convert(source=str(folder / "run"), target=str(folder / "native"), format="native")
+    two, one = open_weights(folder / "native"), open_weights(folder / "alone")
+    assert two.shapes == one.shapes
+    for name in two.shapes:
+        torch.testing.assert_close(two.get(name), one.get(name), rtol=1e-7, atol=1e-9)
 
 
 def test_two_ranks_train_like_one(folder):

@@ -1,8 +1,14 @@
 """A configuration so small that a run of a few steps takes about a second."""
 
+import json
 from pathlib import Path
 
+import torch
+
+from parallel.mesh import Mesh
 from tests.models.build import compose
+from trainer.build import build_trainer
+from trainer.loop import Trainer
 
 MODEL = [
     "model.d_model=16",
@@ -44,3 +50,14 @@ def overrides(folder: Path, *more: str) -> list[str]:
 
 def config(folder: Path, *more: str) -> dict:
     return compose(overrides(folder, *more))
+
+
+def build(folder: Path, *more: str) -> Trainer:
+    """In one process, with its files in folder/run."""
+    (folder / "run").mkdir(exist_ok=True)
+    alone = Mesh(device=torch.device("cpu"))
+    return build_trainer(config(folder, *more), mesh=alone, run_dir=folder / "run")
+
+
+def records(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -7,6 +7,10 @@ import numpy as np
 import torch
 
 
+def file_name(rank: int) -> str:
+    return f"rng_{rank:05}.pt"
+
+
 def capture() -> dict[str, Any]:
     kind, keys, *rest = np.random.get_state()
     return {

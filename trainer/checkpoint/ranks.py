@@ -1,59 +1,65 @@
-"""Steps that all ranks take together, or none."""
+"""The ranks of a run as checkpoints see them: steps that all take together, or none."""
 
-import contextlib
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from parallel.collectives import gather_objects
 from trainer.errors import ConfigError
 
 T = TypeVar("T")
 
 
-def process_rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+@dataclass(frozen=True)
+class Ranks:
+    """`group` is every process of the run, None for a single one.
 
-
-def process_ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def together(action: Callable[[], T]) -> list[T]:
-    """What `action` returned on every rank, by rank.
-
-    Every rank reaches the vote, whatever happens to it before. If one failed all raise:
-    ConfigError if it did, else RuntimeError. Collectives inside `action` must themselves end on
-    all ranks when one fails, as those of torch.distributed.checkpoint do.
+    It is best a group of its own: a background save talks over it while the run trains.
     """
-    result: Any = None
-    failure: Exception | None = None
-    try:
-        result = action()
-    except Exception as error:
-        failure = error
-    vote = (result, None if failure is None else _describe(failure))
-    votes = [vote]
-    if process_ranks() > 1:
-        votes = [vote] * process_ranks()
-        dist.all_gather_object(votes, vote)
-    for rank, (_, message) in enumerate(votes):
-        if message is not None:
-            is_config, text = message
-            error_type = ConfigError if is_config else RuntimeError
-            raise error_type(text if is_config else f"rank {rank}: {text}") from failure
-    return [result for result, _ in votes]
+
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.group is None else dist.get_rank(self.group)
+
+    @property
+    def count(self) -> int:
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+    def together(self, action: Callable[[], T]) -> list[T]:
+        """What `action` returned on every rank, by rank.
+
+        Every rank reaches the vote, whatever happens to it before. If one failed all raise alike:
+        ConfigError or OSError if it did, with its line, else RuntimeError. Raises LostRankError
+        where the vote itself cannot be held.
+        """
+        result: Any = None
+        failure: Exception | None = None
+        try:
+            result = action()
+        except Exception as error:
+            failure = error
+        vote = (result, None if failure is None else _describe(failure))
+        votes = gather_objects(vote, self.group)
+        for rank, (_, description) in enumerate(votes):
+            if description is not None:
+                kind, line = description
+                raise kind(f"rank {rank}: {line}" if kind is RuntimeError else line) from failure
+        return [result for result, _ in votes]
+
+    def first(self, action: Callable[[], T]) -> T:
+        """What `action` returned on rank 0, the only one to take it, on all ranks."""
+        results = self.together(lambda: action() if self.rank == 0 else None)
+        return results[0]  # type: ignore[return-value]
 
 
-def _describe(failure: Exception) -> tuple[bool, str]:
-    is_config = isinstance(failure, ConfigError)
-    return is_config, str(failure) if is_config else repr(failure)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """torch.distributed.checkpoint warns whenever a single process uses it, which is fine."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is")
-        yield
+def _describe(failure: Exception) -> tuple[type[Exception], str]:
+    if isinstance(failure, ConfigError):
+        return ConfigError, str(failure)
+    if isinstance(failure, OSError):
+        named = failure.filename is not None and failure.strerror is not None
+        return OSError, f"{failure.filename}: {failure.strerror}" if named else str(failure)
+    return RuntimeError, repr(failure)

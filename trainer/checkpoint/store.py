@@ -1,127 +1,145 @@
 """Checkpoints of a run: `step_00000100/` and so on, each there as a whole or not at all.
 
-All ranks write into a folder whose name starts with a dot and vote; rank 0 adds the manifest and
-renames it, then replaces the pointer `latest`, then prunes. Tensors are in torch's distributed
-format under fully-qualified names, so that engine and number of ranks may change between runs.
+A save copies what this rank has to write, all ranks write it into a folder whose name starts with
+a dot and vote; rank 0 adds the manifest and renames the folder, then replaces the pointer `latest`,
+then prunes. All of it may go on in a thread while the run trains: what changes the state waits for
+the copies only. Tensors are in torch's distributed format under fully-qualified names, so that
+engine and number of ranks may change between runs.
 """
 
 import io
 import json
 import logging
 import math
-import platform
-import re
-import shutil
+import threading
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+import torch.distributed as dist
 
-from models.checkpoints.table import Shape, check_shapes
 from trainer.checkpoint import random_state
-from trainer.checkpoint.manifest import (
-    MANIFEST,
-    fingerprint,
-    read_manifest,
-    sync_folder,
-    write_durably,
-    write_manifest,
-)
-from trainer.checkpoint.ranks import process_rank, process_ranks, quiet, together
-from trainer.errors import ConfigError
+from trainer.checkpoint.folder import STEP, CheckpointFolder
+from trainer.checkpoint.keep import Keep
+from trainer.checkpoint.manifest import check_files, read_manifest
+from trainer.checkpoint.ranks import Ranks
+from trainer.checkpoint.reader import CONFIG, PROGRESS, CheckpointReader
+from trainer.checkpoint.saving import Save
+from trainer.checkpoint.shards import Shares
+from trainer.checkpoint.staging import HostBuffers
+from trainer.engine import State
+from trainer.errors import ConfigError, TrainingError
 
 log = logging.getLogger(__name__)
 
-State = dict[str, dict[str, Any]]
-
-_PROGRESS = "progress.json"
-_STEP = re.compile(r"step_(\d{8,})")
-
 
 class CheckpointStore:
-    """A collective method is called by all ranks, and raises on all if it fails on one."""
+    """All ranks call its methods alike.
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
-        """keep: how many of the newest checkpoints stay; all, if not positive."""
-        self.folder, self.keep = folder, keep
+    A save that meets a full disk, a missing permission or another fault of the file system on any
+    rank is given up on all, in one warning line; what was published before stays untouched.
+    """
 
-    def save(self, step: int, state: State, *, progress: dict[str, Any], config: str) -> Path:
-        """Returns the checkpoint's folder, published and on disk.
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: Keep | None = None,
+        group: dist.ProcessGroup | None = None,
+        background: bool = False,
+    ) -> None:
+        """group: the ranks of the run, for messages of checkpoints alone; None for a single one."""
+        self.folder, self.background = folder, background
+        self._keep = keep or Keep()
+        self._files = CheckpointFolder(folder)
+        self._ranks = Ranks(group)
+        self._shares = Shares(self._ranks)
+        self._buffers = HostBuffers()
+        self._saving: Future[Path] | None = None
+        self._staged = threading.Event()
+        self._staged.set()
 
-        state: {"model": {name: tensor}, "optimizer": {name: value}}; progress: what JSON holds;
-        config: the resolved configuration, YAML. Raises RuntimeError if any rank fails; what was
-        published before stays untouched then.
+    def save(
+        self,
+        step: int,
+        state: State,
+        *,
+        progress: dict[str, Any],
+        config: str,
+        eval_loss: float | None = None,
+    ) -> None:
+        """Starts a save when the one before has ended; done on return if not in the background.
+
+        state: {"model": {name: tensor}, "optimizer": {name: tensor}}, live: nothing may change it
+        before `wait_staged`. A plain tensor is alike on all ranks that have it, which need not be
+        all. progress: what JSON holds; config: the resolved configuration, YAML; eval_loss: at this
+        step. Raises RuntimeError for what is no fault of the file system, a background save at the
+        next call.
         """
-        path = self.folder / f"step_{step:08}"
-        staging = self.folder / f".{path.name}"
-        together(lambda: self._clear(staging) if process_rank() == 0 else None)
-        written = together(lambda: _write(staging, state, progress, config))
-        files = {name: facts for rank in written for name, facts in rank.items()}
-        together(lambda: self._publish(staging, path, step, files) if process_rank() == 0 else None)
+        self.drain()
+        generators = io.BytesIO()
+        torch.save(random_state.capture(), generators)
+        side = {random_state.file_name(self._ranks.rank): generators.getvalue()}
+        if self._ranks.rank == 0:
+            side |= {PROGRESS: json.dumps(progress).encode(), CONFIG: config.encode()}
+        self._buffers.mark()
+        self._staged.clear()
+        self._saving = Future()
+        work = (Save(step=step, side=side, eval_loss=eval_loss), state, self._saving)
+        if self.background:
+            # A daemon, as it waits for other ranks: where one is lost the process has to end.
+            threading.Thread(target=self._run, args=work, daemon=True).start()
+        else:
+            self._run(*work)
+            self.drain()
+
+    def wait_staged(self) -> None:
+        """Returns when the state of the save under way may change."""
+        self._staged.wait()
+
+    def drain(self) -> Path | None:
+        """Waits for the save under way; -> what the last one published, None if it was given up.
+
+        Raises RuntimeError if it met with what is no fault of the file system.
+        """
+        try:
+            return None if self._saving is None else self._saving.result()
+        except OSError:
+            return None  # told when it happened
+
+    def finish(self) -> Path | None:
+        """`drain` at the end of a run, which must not end without its last save.
+
+        Raises TrainingError if that was given up.
+        """
+        path = self.drain()
+        if path is None and self._saving is not None:
+            raise TrainingError(str(self._saving.exception()))
         return path
 
+    def settle(self) -> None:
+        """Waits for the save under way, however it ends."""
+        if self._saving is not None:
+            wait([self._saving])
+
     def resolve(self, resume: str) -> Path | None:
-        """The checkpoint to go on from; None to start afresh.
+        """The checkpoint to go on from, its files verified; None to start afresh.
 
-        resume: "auto", the newest whole one here that is not ahead of the pointer; "none"; or the
-        path of a checkpoint or of a run folder. Raises ConfigError if it leads to nothing whole.
+        resume: "auto", the newest whole one here that the run did not go back behind; "none"; or
+        the path of a checkpoint or of a run folder. Raises ConfigError if it leads to nothing
+        whole.
         """
-        return together(lambda: self._find(resume) if process_rank() == 0 else None)[0]
-
-    def progress(self, path: Path) -> dict[str, Any]:
-        """What `save` was given; a plain read, where the other methods are collective."""
-        return json.loads((path / _PROGRESS).read_bytes())
-
-    def load(self, path: Path, state: State) -> None:
-        """Fills `state` in place and restores this rank's random generators.
-
-        The generators stay as they are where the checkpoint is of another number of ranks. Raises
-        ConfigError, before anything is filled, if the checkpoint holds another model or optimiser.
-        """
-        together(lambda: _check_state(path, state))
-        with quiet():
-            dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=process_ranks() == 1)
-        if json.loads((path / MANIFEST).read_bytes())["ranks"] == process_ranks():
-            random_state.restore(torch.load(path / _rng_file(), weights_only=True))
-
-    def _clear(self, staging: Path) -> None:
-        for stale in self.folder.glob(".step_*"):
-            shutil.rmtree(stale)
-        staging.mkdir(parents=True)
-
-    def _publish(
-        self, staging: Path, path: Path, step: int, files: dict[str, dict[str, Any]]
-    ) -> None:
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        write_manifest(staging, files, step=step, ranks=process_ranks(), versions=versions)
-        sync_folder(staging)
-        if path.exists():  # the run went back behind this step, over a damaged checkpoint
-            path.rename(self.folder / f".{path.name}.replaced")
-        staging.rename(path)
-        sync_folder(self.folder)
-        write_durably(self.folder / ".latest", f"{path.name}\n".encode())
-        (self.folder / ".latest").replace(self.folder / "latest")
-        sync_folder(self.folder)
-        self._prune(step)
-
-    def _prune(self, step: int) -> None:
-        """Steps ahead of this one are of a future that was left; they do not count."""
-        shutil.rmtree(self.folder / f".step_{step:08}.replaced", ignore_errors=True)
-        kept = [path for number, path in _steps(self.folder) if number <= step]
-        for path in kept[: -self.keep] if self.keep > 0 else []:
-            shutil.rmtree(path)
-
-    def _find(self, resume: str) -> Path | None:
+        self.drain()
         if resume == "none":
             return None
         if resume == "auto":
-            return _newest(self.folder)
+            return self.newest()
         path = Path(resume).expanduser()
-        if _STEP.fullmatch(path.name):
-            read_manifest(path)
+        if STEP.fullmatch(path.name):
+            self._verify(path)
             return path
-        newest = _newest(path / "checkpoints")
+        newest = self._newest(CheckpointFolder(path / "checkpoints"))
         if newest is None:
             raise ConfigError(
                 f"resume={resume}: no complete checkpoint there; allowed: auto, none, the path of "
@@ -129,74 +147,62 @@ class CheckpointStore:
             )
         return newest
 
+    def newest(self, *, last_step: float = math.inf) -> Path | None:
+        """As `resolve("auto")`, of those at `last_step` or before."""
+        self.drain()
+        return self._newest(self._files, last_step)
 
-def _newest(folder: Path) -> Path | None:
-    for stale in sorted(folder.glob(".step_*")):
-        log.warning("skipping %s: it was never completed", stale)
-    last = _last_step(folder)
-    for step, path in reversed(_steps(folder)):
-        if step > last:
-            log.warning("skipping checkpoint %s: the run went back behind it", path.name)
-            continue
+    def reader(self, path: Path) -> CheckpointReader:
+        """Of a checkpoint that `resolve` gave; nothing is being saved any more."""
+        self.drain()
+        return CheckpointReader(path, self._ranks)
+
+    def _run(self, save: Save, state: State, saving: Future[Path]) -> None:
         try:
-            read_manifest(path)
-        except ConfigError as error:
-            log.warning("skipping checkpoint %s: %s", path.name, error)
+            state = self._shares.own(state)
+            if self.background:
+                state = self._copied(state)
+            path = save.run(state, self._files, self._ranks, self._keep)
+        except OSError as error:
+            line = f"step {save.step} is not saved: {error}"
+            log.warning(line)
+            saving.set_exception(OSError(line))
+        except BaseException as error:
+            saving.set_exception(error)
         else:
-            return path
-    return None
+            log.info("saved %s", path)
+            saving.set_result(path)
+        finally:
+            self._staged.set()
 
+    def _copied(self, state: State) -> State:
+        copies: list[State] = []
 
-def _last_step(folder: Path) -> float:
-    """The step that the pointer names: later ones are of a future that was left."""
-    pointer = folder / "latest"
-    match = _STEP.fullmatch(pointer.read_text().strip()) if pointer.is_file() else None
-    return int(match[1]) if match else math.inf
+        def copy() -> None:
+            try:
+                copies.append(self._buffers.copy(state))
+            finally:
+                self._staged.set()
 
+        self._ranks.together(copy)
+        return copies[0]
 
-def _steps(folder: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of the checkpoints, oldest first."""
-    matches = ((_STEP.fullmatch(path.name), path) for path in folder.glob("step_*"))
-    return sorted((int(match[1]), path) for match, path in matches if match)
+    def _newest(self, files: CheckpointFolder, last_step: float = math.inf) -> Path | None:
+        for step in self._ranks.first(files.candidates):
+            path = files.checkpoint(step)
+            if step > last_step:
+                continue
+            try:
+                self._verify(path)
+            except ConfigError as error:
+                log.warning("skipping checkpoint %s: %s", path.name, error)
+            else:
+                return path
+        return None
 
-
-def _rng_file() -> str:
-    return f"rng_{process_rank():05}.pt"
-
-
-def _write(
-    staging: Path, state: State, progress: dict[str, Any], config: str
-) -> dict[str, dict[str, Any]]:
-    """Name -> fingerprint of the files that this rank wrote."""
-    rng = io.BytesIO()
-    torch.save(random_state.capture(), rng)
-    with quiet():
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(staging), no_dist=process_ranks() == 1)
-    side = {_rng_file(): rng.getvalue()}
-    names = [path.name for path in staging.glob(f"__{process_rank()}_*")]
-    if process_rank() == 0:
-        side |= {_PROGRESS: json.dumps(progress).encode(), "config.yaml": config.encode()}
-        names.append(".metadata")
-    for name, data in side.items():
-        write_durably(staging / name, data)
-    return {name: fingerprint(staging / name) for name in [*names, *side]}
-
-
-def _check_state(path: Path, state: State) -> None:
-    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    for section, values in state.items():
-        prefix = f"{section}."
-        expected = {name: _shape(value) for name, value in values.items()}
-        found = {
-            name.removeprefix(prefix): tuple(getattr(entry, "size", ()))
-            for name, entry in saved.items()
-            if name.startswith(prefix)
-        }
-        try:
-            check_shapes(expected, found, fault=f"{path} is a checkpoint of another {section}")
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-
-
-def _shape(value: Any) -> Shape:
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+    def _verify(self, path: Path) -> None:
+        """Raises ConfigError unless all files are as they were written; each rank reads a share."""
+        files = self._ranks.first(lambda: read_manifest(path)["files"])
+        largest_first = sorted(files, key=lambda name: (-files[name]["bytes"], name))
+        share = largest_first[self._ranks.rank :: self._ranks.count]
+        self._ranks.together(lambda: check_files(path, files, share))

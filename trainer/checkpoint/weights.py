@@ -14,15 +14,15 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from models.checkpoints.config import Config, layer_mixers
 from models.checkpoints.families import family_of
 from models.checkpoints.shards import ShardReader, has_shards
 from models.checkpoints.table import Shape, check_shapes, published_shapes
 from models.hybrid import HybridLM
-from trainer.checkpoint.manifest import MANIFEST, read_manifest
-from trainer.checkpoint.ranks import quiet
+from trainer.checkpoint.manifest import MANIFEST, check_whole
+from trainer.checkpoint.shards import TensorReader
 from trainer.checkpoint.store import CheckpointStore
 from trainer.data.tokenizer import build_tokenizer
 from trainer.errors import ConfigError
@@ -47,13 +47,14 @@ def open_weights(path: Path) -> WeightSource:
     """
     try:
         if (path / MANIFEST).exists():
+            check_whole(path)
             return _open_checkpoint(path)
         if (path / "config.json").exists():
             return _open_hugging_face(path)
         if (path / "config.yaml").exists() and has_shards(path):
             return _open_native(path)
         if (path / "checkpoints").is_dir():
-            newest = CheckpointStore(path / "checkpoints", keep=0).resolve("auto")
+            newest = CheckpointStore(path / "checkpoints").resolve("auto")
             if newest is not None:
                 return _open_checkpoint(newest)
     except ValueError as error:
@@ -112,8 +113,7 @@ def _open_native(path: Path) -> WeightSource:
 
 
 def _open_checkpoint(path: Path) -> WeightSource:
-    read_manifest(path)
-    reader = _Reader(path)
+    reader = TensorReader(path)
     prefix = "model."
     entries = {
         name.removeprefix(prefix): entry
@@ -126,24 +126,12 @@ def _open_checkpoint(path: Path) -> WeightSource:
 
     def get(name: str) -> Tensor:
         tensor = torch.empty(shapes[name], dtype=entries[name].properties.dtype)
-        with quiet():
-            dcp.load({"model": {name: tensor}}, storage_reader=reader, no_dist=True)
+        dcp.load({"model": {name: tensor}}, storage_reader=reader, no_dist=True)
         return tensor
 
     return WeightSource(
         config | {"tokens": _token_ids(tokenizer)}, shapes, get, _tokenizer_folder(tokenizer)
     )
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads the index of a checkpoint, long for many ranks, once and not for every tensor."""
-
-    _metadata: Metadata | None = None
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._metadata is None:
-            self._metadata = super().read_metadata(*args, **kwargs)
-        return self._metadata
 
 
 def _read_config(folder: Path, shapes: dict[str, Shape]) -> Config:

@@ -37,17 +37,13 @@ class Data:
         eval_fraction: float,
         overlong: str,
     ) -> None:
-        for key, value, least in (
-            ("data.seq_len", seq_len, 1),
-            ("data.batch_size", batch_size, 1),
-            ("data.seed", seed, 0),
-        ):
-            if value < least:
-                raise ConfigError(f"{key}={value}: must be at least {least}")
-        if not 0 <= eval_fraction < 1:
-            raise ConfigError(f"data.eval_fraction={eval_fraction}: must be in [0, 1)")
-        if overlong not in ("split", "drop"):
-            raise ConfigError(f"data.overlong={overlong}: must be split or drop")
+        check_values(
+            seq_len=seq_len,
+            batch_size=batch_size,
+            seed=seed,
+            eval_fraction=eval_fraction,
+            overlong=overlong,
+        )
         self.store, self.tokenizer = store, tokenizer
         self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
         self.eval_fraction, self.overlong = eval_fraction, overlong
@@ -134,6 +130,23 @@ class Data:
         tokens = self.store.read(piece.document, piece.start, end + 1)
         successor = int(tokens[-1]) if len(tokens) > piece.length else IGNORE_INDEX
         return Run(tokens[: piece.length], successor)
+
+
+def check_values(
+    *, seq_len: int, batch_size: int, seed: int, eval_fraction: float, overlong: str
+) -> None:
+    """Raises ConfigError for what no documents could make right."""
+    for key, value, least in (
+        ("data.seq_len", seq_len, 1),
+        ("data.batch_size", batch_size, 1),
+        ("data.seed", seed, 0),
+    ):
+        if value < least:
+            raise ConfigError(f"{key}={value}: must be at least {least}")
+    if not 0 <= eval_fraction < 1:
+        raise ConfigError(f"data.eval_fraction={eval_fraction}: must be in [0, 1)")
+    if overlong not in ("split", "drop"):
+        raise ConfigError(f"data.overlong={overlong}: must be split or drop")
 
 
 def held_out(digests: NDArray[np.uint64], fraction: float) -> NDArray[np.bool_]:

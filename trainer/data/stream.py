@@ -14,13 +14,7 @@ class TrainStream:
 
     def __init__(self, data: Data, *, micro_batch_size: int, rank: int = 0, ranks: int = 1) -> None:
         """Raises ConfigError unless data.batch_size divides into ranks x micro_batch_size."""
-        if micro_batch_size < 1:
-            raise ConfigError(f"trainer.micro_batch_size={micro_batch_size}: must be at least 1")
-        if data.batch_size % (ranks * micro_batch_size):
-            raise ConfigError(
-                f"data.batch_size={data.batch_size}: must be a multiple of {ranks} data ranks x "
-                f"trainer.micro_batch_size={micro_batch_size}"
-            )
+        check_shares(data.batch_size, micro_batch_size, ranks)
         self.data = data
         self.micro_batch_size, self.rank, self.ranks = micro_batch_size, rank, ranks
         self.epoch = 0  # of the next row
@@ -64,6 +58,17 @@ class TrainStream:
                 "the checkpoint's packing plan cannot be made again by this version of the program"
             )
         self.epoch, self._row = state["epoch"], state["row"]
+
+
+def check_shares(batch_size: int, micro_batch_size: int, ranks: int) -> None:
+    """Raises ConfigError unless every rank gets equally many whole micro-batches of a batch."""
+    if micro_batch_size < 1:
+        raise ConfigError(f"trainer.micro_batch_size={micro_batch_size}: must be at least 1")
+    if batch_size % (ranks * micro_batch_size):
+        raise ConfigError(
+            f"data.batch_size={batch_size}: must be a multiple of {ranks} data ranks x "
+            f"trainer.micro_batch_size={micro_batch_size}"
+        )
 
 
 def _short(value: object) -> str:

@@ -6,9 +6,10 @@ the model's own names, whole and in fp32 or wider, so that a run may go on with 
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -41,6 +42,19 @@ class LossModule(nn.Module):
     model: Any  # a module and a `Model`, whose names are those of a checkpoint
 
 
+class Memory(NamedTuple):
+    """Bytes that a rank keeps from step to step."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+
+    @classmethod
+    def of_adamw(cls, parameters: int) -> "Memory":
+        """Gradients and each of two moments take what the parameters do."""
+        return cls(parameters, parameters, 2 * parameters)
+
+
 class Engine:
     """A single process; the base of the others.
 
@@ -50,6 +64,7 @@ class Engine:
     """
 
     gradient_factor: float = 1.0  # undoes the engine's averaging: gradients are sums over ranks
+    compiles: bool = True  # whether layers may be compiled
 
     def __init__(
         self,
@@ -61,14 +76,17 @@ class Engine:
         numerics: Numerics,
     ) -> None:
         self.loss, self.model, self.mesh, self.numerics = loss, loss.model, mesh, numerics
+        self._materialise(initialise)
+        self.optimizer = optimizer(self.model)
+
+    def _materialise(self, initialise: Callable[[nn.Module], None]) -> None:
         for unit in self.model.units():
             initialise(unit)
-        self.optimizer = optimizer(self.model)
 
     def accumulate(self, batch: Any, scale: float, *, last: bool) -> Tensor:
         """Adds the gradients of `scale` x the loss of a micro-batch; -> its detached loss sum.
 
-        Ranks communicate, if at all, in the last micro-batch of a step only.
+        Gradients are those of the whole step, on all ranks, behind its last micro-batch.
         """
         loss = self.loss(batch)
         (loss * (scale * self.gradient_factor)).backward()
@@ -84,7 +102,7 @@ class Engine:
 
     def clip_grad_norm(self, max_norm: float) -> float:
         """-> the norm of all gradients before they are scaled down to `max_norm`."""
-        return float(nn.utils.clip_grad_norm_(self.model.parameters(), max_norm))
+        return clip([p.grad for p in self.model.parameters() if p.grad is not None], max_norm)
 
     def step(self, lr: float) -> None:
         """Updates the parameters with this learning rate and drops the gradients."""
@@ -92,6 +110,18 @@ class Engine:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def drop(self) -> None:
+        """Takes the place of `step` where a step is not to be taken: drops the gradients of its
+        micro-batches; parameters and optimiser stay as they are, to the bit.
+
+        They may not be finite, and `clip_grad_norm` may have been called.
+        """
+        self.optimizer.zero_grad()
+
+    def memory(self) -> Memory:
+        """What this rank keeps."""
+        return Memory.of_adamw(sum(parameter.nbytes for parameter in self.model.parameters()))
 
     def assign(self, name: str, value: Tensor) -> None:
         """Gives a parameter or buffer of the model its value, whole and the same on all ranks."""
@@ -116,6 +146,20 @@ class Engine:
         optimizer.update(state["optimizer"])
         set_model_state_dict(self.model, state["model"])
         set_optimizer_state_dict(self.model, self.optimizer, optimizer, options=_FLAT)
+
+
+def clip(grads: list[Tensor], max_norm: float, group: dist.ProcessGroup | None = None) -> float:
+    """Scales gradients, in place, to a norm of at most `max_norm`; -> their norm before.
+
+    grads: what this rank holds of them; group: the ranks among which they are divided. Squares add
+    up in fp64: in fp32 the rounding of 10 million of them, 2e-6, would depend on who holds which.
+    """
+    square = torch.stack(torch._foreach_norm(grads, 2, torch.float64)).square().sum()
+    norm = math.sqrt(sum_over_ranks(square, group))
+    share = max_norm / (norm + 1e-6)  # the term is torch's
+    if share < 1:
+        torch._foreach_mul_(grads, share)
+    return norm
 
 
 class _Probe(nn.Module):
@@ -150,7 +194,7 @@ def verify_gradient_factor(engine: Callable[..., Engine], mesh: Mesh) -> None:
     wrapped = engine(
         loss=_ProbeLoss().to(mesh.device),
         initialise=lambda unit: None,
-        optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.0),
+        optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=0.0),
         mesh=mesh,
     )
     x = torch.tensor(float(mesh.rank + 1), device=mesh.device)

@@ -43,9 +43,10 @@ def make(overrides=SMALL) -> HybridLM:
 def save(model: HybridLM, folder: Path, overrides=SMALL, step: int = 5, **sections) -> Path:
     """A checkpoint such as the trainer writes."""
     config = compose(overrides) | sections
-    store = CheckpointStore(folder / "checkpoints", keep=0)
+    store = CheckpointStore(folder / "checkpoints")
     state = {"model": get_model_state_dict(model), "optimizer": {"state.x.step": torch.ones(())}}
-    return store.save(step, state, progress={}, config=yaml.safe_dump(config))
+    store.save(step, state, progress={}, config=yaml.safe_dump(config))
+    return store.finish()
 
 
 def run(source, target, format, **options) -> Path:

@@ -1,0 +1,146 @@
+"""Run by torchrun: does training jobs one after the other and keeps what only a rank can see.
+
+JOBS is a JSON list of {"config": a resolved configuration, "environment": what that job has beside
+ours, "marks": a list}. Marked `unsaved`, a job writes no checkpoint; `counted`, it counts all
+tensors; `dropped`, it has a step before the second whose gradients are not finite and are dropped.
+Rank r leaves run_dir/seen_r.pt, see `watch`, unless the job is refused, which it prints.
+"""
+
+import gc
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from parallel.collectives import gather_objects
+from trainer import main as commands
+from trainer.build import build_trainer
+from trainer.errors import ConfigError
+from trainer.loop import Trainer
+
+
+def watch(trainer: Trainer, before: int | None = None) -> dict[str, Any]:
+    """Filled while the trainer takes steps, before each update.
+
+    gradients: name -> whole gradient of the first step, not clipped; alive: what all tensors hold
+    in it beside the `before` bytes that were there; bytes: what parameters, gradients and optimiser
+    hold on this rank in the last step.
+    """
+    engine = trainer.engine
+    seen: dict[str, Any] = {}
+    clip = engine.clip_grad_norm
+
+    def watched(max_norm: float) -> float:
+        seen["bytes"] = bytes_of(engine)
+        if "gradients" not in seen:
+            if before is not None:
+                seen["alive"] = alive() - before
+            parameters = engine.model.named_parameters()
+            seen["gradients"] = {name: whole_gradient(p, trainer) for name, p in parameters}
+        return clip(max_norm)
+
+    engine.clip_grad_norm = watched
+    return seen
+
+
+def whole_gradient(parameter: Any, trainer: Trainer) -> Tensor:
+    if isinstance(parameter.grad, DTensor):  # by objects: DTensor may look for groups that are gone
+        parts = gather_objects(parameter.grad.to_local().clone(), trainer.mesh.group)
+        return torch.cat(parts[: parameter.device_mesh.shape[-1]])
+    if parameter.grad is not None:
+        return parameter.grad.clone()
+    from deepspeed.utils import safe_get_full_grad  # which this process has set up by now
+
+    return safe_get_full_grad(parameter)
+
+
+def bytes_of(engine: Any) -> dict[str, int]:
+    parameters = [getattr(p, "ds_tensor", p) for p in engine.model.parameters()]
+    partitions = getattr(engine, "_partitions", None)
+    gradients = partitions.gradients() if partitions else [p.grad for p in parameters]
+    state = engine.optimizer.state
+    masters = [key for key in state if partitions]
+    moments = [x for values in state.values() for name, x in values.items() if name != "step"]
+    weights = held(parameters)
+    return {
+        "parameters": weights,
+        "gradients": held(gradients),
+        "optimizer": held([*parameters, *masters, *moments]) - weights,
+    }
+
+
+def held(tensors: Iterable[Tensor]) -> int:
+    """Bytes of all that these keep in memory, views of one storage counted once."""
+    local = (x.to_local() if isinstance(x, DTensor) else x for x in tensors)
+    storages = [x.untyped_storage() for x in local]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def alive() -> int:
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
+    return held([*tensors, *(x.grad for x in tensors if x.is_leaf and x.grad is not None)])
+
+
+def drop_a_step(trainer: Trainer) -> None:
+    """Before the second step of the run."""
+    engine, step = trainer.engine, trainer.engine.step
+
+    def stepped(lr: float) -> None:
+        step(lr)
+        engine.step = step
+        counts = [router.counts.clone() for router in engine.model.routers()]
+        batches = trainer._ahead.result().batches
+        for i, batch in enumerate(batches):
+            engine.accumulate(batch, math.nan, last=i == len(batches) - 1)
+        assert math.isnan(engine.clip_grad_norm(1.0))
+        engine.drop()
+        for router, own in zip(engine.model.routers(), counts, strict=True):
+            router.counts.copy_(own)
+
+    engine.step = stepped
+
+
+def main(jobs: Path) -> None:
+    environment = dict(os.environ)
+    marks: list[str] = []
+    seen: list[dict[str, Any]] = []
+    gc.freeze()  # what was imported need not be looked through again
+
+    def build_watched(*args: Any, **kwargs: Any) -> Trainer:
+        before = alive() if "counted" in marks else None
+        trainer = build_trainer(*args, **kwargs)
+        seen.append(watch(trainer, before))
+        if "dropped" in marks:
+            drop_a_step(trainer)
+        if "unsaved" in marks:
+            trainer.save = lambda **facts: None
+        return trainer
+
+    commands.build_trainer = build_watched
+    for job in json.loads(jobs.read_text()):
+        os.environ.clear()
+        os.environ |= environment | job["environment"]
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        marks[:] = job["marks"]
+        try:
+            commands.train(job["config"])
+        except ConfigError as error:
+            print(f"refused: {error}\n", end="", flush=True)  # in one piece
+        else:
+            file = Path(job["config"]["run_dir"], f"seen_{os.environ['RANK']}.pt")
+            torch.save(seen.pop(), file)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    os._exit(0)  # the threads of a process group can abort a process that Python winds up

@@ -1,0 +1,90 @@
+"""What can be known of a run before its ranks exist: wrong values, sizes that do not divide.
+
+What a queue would show after hours is told at once. Kernels and devices are those of other
+machines, so nothing is asked of them here.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch.distributed as dist
+from torch import device
+
+from models.ops.select import CHOICES, Ops
+from parallel.collectives import Axis, Traffic
+from parallel.mesh import Mesh, context_ranks
+from trainer.auto_parallel import resolve_parallel
+from trainer.build import build_learning_rate, build_model, share_sequences
+from trainer.checkpoint.weights import open_weights
+from trainer.construct import call, construct
+from trainer.data import build_data
+from trainer.data.dataset import check_values
+from trainer.data.source import build_source
+from trainer.data.stream import check_shares
+from trainer.data.tokenizer import build_tokenizer
+from trainer.errors import ConfigError, naming
+from trainer.settings import Evaluation, Logging, Parallelism, Saving, Settings, Start
+
+Config = Mapping[str, Any]
+
+
+def check_run(config: Config, *, nodes: int, node_ranks: int, files: bool) -> None:
+    """Raises ConfigError for what would end train.py on nodes x node_ranks ranks at its start.
+
+    config: the resolved train.yaml; files: whether the paths in it mean the same on this machine
+    as on the nodes, and are to be looked at.
+    """
+    call(Start, {key: config[key] for key in ("run_dir", "resume", "init_from")}, "")
+    settings: Settings = call(Settings, config["trainer"], "trainer")
+    for section, kind in (("checkpoint", Saving), ("eval", Evaluation), ("logging", Logging)):
+        call(kind, config[section], section)
+    mesh, parallelism = _planned_mesh(config, nodes * node_ranks, node_ranks)
+    vocab_size = _check_data(config["data"], files)
+    check_shares(config["data"]["batch_size"], settings.micro_batch_size, mesh.data_ranks)
+    model = build_model(config["model"], config["mixer"], vocab_size=vocab_size, ops=Ops())
+    share_sequences(model, parallelism, mesh)
+    construct(config["optim"], "optim", model=model)
+    construct({**config["engine"], "_partial_": True}, "engine")
+    _check_ops(config["ops"])
+    build_learning_rate(config)
+    if files and config["init_from"] is not None:
+        with naming("init_from", config["init_from"]):
+            open_weights(Path(config["init_from"]))
+
+
+def _planned_mesh(config: Config, ranks: int, node_ranks: int) -> tuple[Mesh, Parallelism]:
+    """The first rank's mesh, without groups to talk over."""
+    launched = {"RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(node_ranks)}
+    section, _ = resolve_parallel(config, launched)
+    parallelism: Parallelism = call(Parallelism, section, "parallel")
+    degrees = {"cp": parallelism.cp, "ulysses": parallelism.ulysses}
+    cp = call(context_ranks, degrees, "parallel", ranks=ranks)
+    sizes = {"context": cp, "ulysses": parallelism.ulysses, "ring": cp // parallelism.ulysses}
+    axes: dict[str, Any] = {}
+    if cp > 1:
+        axes = {name: _axis(size) for name, size in sizes.items()}
+    return Mesh(device=device("meta"), ranks=ranks, **axes), parallelism
+
+
+def _check_ops(section: Config) -> None:
+    for op, name in section.items():
+        names = ["auto", *dict.fromkeys(choice.name for choice in CHOICES if choice.op == op)]
+        if name not in names:
+            raise ConfigError(f"ops.{op}={name}: unknown choice; allowed: {', '.join(names)}")
+
+
+def _axis(ranks: int) -> Axis:
+    return Axis(cast(dist.ProcessGroup, None), 0, ranks, Traffic())
+
+
+def _check_data(section: Config, files: bool) -> int:
+    """-> the tokenizer's number of ids; of files that are not looked at, the smallest there is."""
+    call(build_data, section, "data", partial=True)
+    own = ("seq_len", "batch_size", "seed", "eval_fraction", "overlong")
+    check_values(**{key: section[key] for key in own})
+    if files:
+        build_source(section["source"], section["path"])
+    elif section["tokenizer"] != "bytes":
+        return 1
+    return build_tokenizer(section["tokenizer"]).vocab_size
