@@ -2,7 +2,7 @@
 
 The block's largest value takes the largest code. int8 is then wrong by at most 1/254 of it all over
 the block, fp8 (e4m3: three bits of mantissa) by 1/16 of each value: of normal numbers by 0.65 % and
-2.6 % in the mean square. They take the same memory, so fp8 is for blocks of very uneven values.
+2.6 %, root mean square. They take the same memory, so fp8 is for blocks of very uneven values.
 """
 
 import math
