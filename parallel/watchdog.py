@@ -205,11 +205,11 @@ class Watchdog:
             return
         with (self.folder / f"hang_rank{self.rank:05}.txt").open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        for name in ("_dump_nccl_trace", "_dump_fr_trace"):
-            dump = getattr(torch._C._distributed_c10d, name, None)
-            if dump is not None and self._group is not None:
-                (self.folder / f"hang_trace_{self.rank}").write_bytes(dump())
-                break
+        # A CUDA build has both, each with what its own backends sent.
+        name = "_dump_nccl_trace" if torch.cuda.is_available() else "_dump_fr_trace"
+        dump = getattr(torch._C._distributed_c10d, name, None)
+        if dump is not None and self._group is not None:
+            (self.folder / f"hang_trace_{self.rank}").write_bytes(dump())
 
     def _end(self, reason: str) -> None:
         self._reason = reason

