@@ -133,8 +133,8 @@ class HaloExchange(CausalConv):
         heads = slots(at.places, x[0].index_select(0, at.tokens))
         again = self.op(heads, weight, _heads_info(halo.heads, x.device), history=before)
         again = again.flatten(0, 1).index_select(0, at.places)
-        # In place: autograd refuses if an op needs its output backward.
-        return output.index_copy_(1, at.tokens, again.unsqueeze(0))
+        # Not in place: kernels may return a view, or keep their output for the backward.
+        return output.index_copy(1, at.tokens, again.unsqueeze(0))
 
 
 class _Indices(NamedTuple):

@@ -50,10 +50,22 @@ class ScalarDecay(DecayedWrites):
 
 
 class SquaredConv(CausalConv):
-    """Causal and of finite reach, but not linear."""
+    """Causal and of finite reach, but not linear; returns a view, which may not be written to."""
 
     def forward(
         self, x: Tensor, weight: Tensor, info: SequenceInfo, *, history: Tensor | None = None
     ) -> Tensor:
         squared = None if history is None else history.square()
-        return ShiftedConv()(x.square(), weight, info, history=squared)
+        return _View.apply(ShiftedConv()(x.square(), weight, info, history=squared))
+
+
+class _View(torch.autograd.Function):
+    """Like many a kernel's wrapper."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad
