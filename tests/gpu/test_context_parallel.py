@@ -40,7 +40,7 @@ MODEL = [
     "mixer.gqa.qk_norm=true",
 ]
 DOCUMENTS = [[700, 130, 64, 1, 105]]
-LAYOUTS = ["balanced", "zigzag", "contiguous"]
+LAYOUTS = ["balanced", "zigzag"]
 
 
 class HostAxis(Axis):
@@ -94,6 +94,7 @@ def check(axis: Axis, variants: list[dict[str, Any]], delta_rule: str, ulysses: 
     alone = gradients(bf16(model(sections, ops)), batch)
     budget = {name: 2 * distance(alone, truth, name) for name in truth}
     assert max(budget.values()) < 0.2
+    failed = []
     for config in variants:
         parallelism = call(Parallelism, config["parallel"], "parallel")
         shared = model(config, ops)
@@ -102,9 +103,10 @@ def check(axis: Axis, variants: list[dict[str, Any]], delta_rule: str, ulysses: 
         assert sharder is not None
         got = gradients(bf16(shared), sharder(batch))
         got = {name: sum_over_ranks(x.cpu(), axis.group).to(DEVICE) for name, x in got.items()}
-        for name, allowed in budget.items():
-            error = distance(got, truth, name)
-            assert error <= allowed, f"{config['parallel']}: {name}: {error}, allowed {allowed}"
+        errors = {name: distance(got, truth, name) for name in budget}
+        over = {name: (x, budget[name]) for name, x in errors.items() if not x <= budget[name]}
+        failed += [(config["parallel"], over)] if over else []
+    assert not failed, failed
 
 
 def packed() -> Batch:
