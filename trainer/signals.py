@@ -51,8 +51,14 @@ def end_with_launcher() -> None:
     if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     launcher = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     # As the first process of a container the launcher takes all others along by itself.
     orphan = launcher == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes()
     if orphan or os.getppid() != launcher:
         os._exit(1)
+
+
+def end_with_parent() -> None:
+    """From here on the kernel kills this process when its parent ends, where it is Linux's."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
