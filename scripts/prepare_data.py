@@ -1,4 +1,4 @@
-"""Prepares a token store: python scripts/prepare_data.py data=jsonl data.path=PATH output=DIR ..."""
+"""Prepares a token store: python scripts/prepare_data.py data=jsonl data.path=PATH output=DIR"""
 
 import sys
 from pathlib import Path

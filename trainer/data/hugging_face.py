@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,9 @@ LOADERS = {
     ".arrow": "arrow",
     ".txt": "text",
 }
+if not sys.stderr.isatty():
+    datasets.disable_progress_bars()
+
 SHARD_BYTES = 2**26  # what a shard of a stream counts for, whose size nobody knows
 
 

@@ -63,7 +63,8 @@ class JsonLines(Files):
 
     def _content(self, line: bytes, part: Slice, row: int) -> bytes:
         """Of the column; nothing for a blank line. Bytes that are not UTF-8 are kept."""
-        if not line.strip():
+        line = line.strip()
+        if not line:
             return b""
         try:
             record = json.loads(line.decode("utf-8", errors="surrogateescape"))
@@ -83,7 +84,7 @@ class JsonLines(Files):
 
     def _where(self, part: Slice, row: int) -> str:
         """file:line; the lines before the slice are counted now that one of them matters."""
-        before, left = 0, part.start
+        before, left = (1, part.start - 1) if part.start else (0, 0)
         with _open(self.root / part.name) as file:
             while left and (block := file.read(min(left, SLICE_BYTES))):
                 before += block.count(b"\n")

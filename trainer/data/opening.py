@@ -1,6 +1,7 @@
 """From the keys that say where documents are to the token store of them."""
 
 from pathlib import Path
+from typing import Any
 
 from trainer.data.formats import build_source
 from trainer.data.prepare import Way, open_store
@@ -9,7 +10,8 @@ from trainer.data.store import TokenStore
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError, naming
 
-PLACE = ("source", "path", "column", "subset", "split")  # keys of conf/data that say where
+# Keys of conf/data that say where.
+PLACE = ("source", "path", "column", "subset", "split", "streaming")
 
 
 def locate(
@@ -19,11 +21,15 @@ def locate(
     column: str | None = None,
     subset: str | None = None,
     split: str | None = None,
+    streaming: bool = False,
 ) -> Source | TokenStore:
-    """What is there to be tokenized, or was before; raises ConfigError naming the wrong key."""
-    keys = {"column": column, "subset": subset, "split": split}
+    """What is there to be tokenized, or was before; raises ConfigError naming the wrong key.
+
+    streaming: `datasets` reads without a copy in its cache.
+    """
+    keys: dict[str, Any] = {"column": column, "subset": subset, "split": split}
     if source != "store":
-        return build_source(source, path, **keys)
+        return build_source(source, path, streaming=streaming, **keys)
     for key, value in keys.items():
         if value is not None:
             raise ConfigError(f"data.{key}={value}: data=store takes none")

@@ -67,7 +67,7 @@ class ParquetFiles(Files):
             return values.cast(pa.binary() if pa.types.is_string(kind) else pa.large_binary())
         if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
             return values
-        raise ConfigError(f"data.column={self.column}: {name}: is not text but {kind}")
+        raise ConfigError(f"data.column={self.column}: {name} is not text but {kind}")
 
     def _damaged(self, name: str, error: Exception) -> ConfigError:
         reason = str(error).splitlines()[0]

@@ -167,7 +167,7 @@ def _special_tokens(folder: Path) -> dict[str, str]:
 
 
 def build_tokenizer(name: str) -> Tokenizer:
-    """`bytes`, the path of a Hugging Face tokenizer, or a token store, for the one it was made with.
+    """`bytes`, the path of a Hugging Face tokenizer, or a token store for the one it was made with.
 
     Raises ConfigError.
     """
