@@ -51,7 +51,7 @@ def assemble(
     index.flush()
     tokenizer.save(folder)
     files = {path.name: fingerprint(path) for path in sorted(folder.iterdir())}
-    shards = []
+    shards: list[int] = []
     for part in found:
         if part.facts["tokens"]:
             name = shard_name(len(shards))

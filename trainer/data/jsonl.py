@@ -29,8 +29,9 @@ class JsonLines(Files):
 
     column: str
 
-    def key(self) -> str:
-        return super().key("jsonl", self.column)
+    @property
+    def read_as(self) -> tuple[str, ...]:
+        return "jsonl", self.column
 
     def slices(self) -> list[Slice]:
         cut = []
@@ -68,11 +69,13 @@ class JsonLines(Files):
             return b""
         try:
             record = json.loads(line.decode("utf-8", errors="surrogateescape"))
-        except (ValueError, RecursionError) as error:
-            reason = f"{error.msg}, column {error.colno}" if _located(error) else str(error)
+        except json.JSONDecodeError as error:
+            where = self._where(part, row)
             raise ConfigError(
-                f"{self.label}: {self._where(part, row)}: no JSON: {reason}"
+                f"{self.label}: {where}: no JSON: {error.msg}, column {error.colno}"
             ) from error
+        except (ValueError, RecursionError) as error:  # a number or a nest beyond Python's bounds
+            raise ConfigError(f"{self.label}: {self._where(part, row)}: {error}") from error
         if not isinstance(record, dict):
             raise ConfigError(f"{self.label}: {self._where(part, row)}: not a JSON object")
         value = record.get(self.column, record)
@@ -98,7 +101,3 @@ def _open(path: Path) -> BinaryIO:
 
 def _compressed(name: str) -> bool:
     return name.endswith(".gz")
-
-
-def _located(error: Exception) -> bool:
-    return isinstance(error, json.JSONDecodeError)

@@ -17,8 +17,9 @@ ROWS_AT_ONCE = 64
 class ParquetFiles(Files):
     column: str
 
-    def key(self) -> str:
-        return super().key("parquet", self.column)
+    @property
+    def read_as(self) -> tuple[str, ...]:
+        return "parquet", self.column
 
     def slices(self) -> list[Slice]:
         """A row group each, sized as its text is uncompressed."""

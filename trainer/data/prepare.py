@@ -88,8 +88,7 @@ def _prepare(source: Source, tokenizer: Tokenizer, folder: Path, work: Path, way
     _tokenize(parts, source, tokenizer, todo, way.workers or len(os.sched_getaffinity(0)))
     shutil.rmtree(store, ignore_errors=True)
     store.mkdir()
-    facts = {"label": source.label, "made_from": made_from, "tokenizer": tokenizer}
-    assemble(store, parts, todo, **facts)
+    assemble(store, parts, todo, label=source.label, made_from=made_from, tokenizer=tokenizer)
     try:
         store.rename(folder)
         sync_folder(folder.parent)

@@ -71,12 +71,17 @@ class Files:
     def sizes(self) -> Iterator[tuple[str, int]]:
         return ((name, stat.st_size) for name, stat in zip(self.names, self._stats, strict=True))
 
-    def key(self, *read_as: str) -> str:
+    @property
+    def read_as(self) -> tuple[str, ...]:
+        """What else decides which documents the files hold."""
+        return ()
+
+    def key(self) -> str:
         times = [stat.st_mtime_ns for stat in self._stats]
-        return _digest([str(self.root), *read_as], [*self.sizes()], times)
+        return _digest([str(self.root), *self.read_as], [*self.sizes()], times)
 
     def outline(self) -> str:
-        return _digest([*self.sizes()])
+        return _digest([*self.read_as], [*self.sizes()])
 
 
 class FileSource(Files):

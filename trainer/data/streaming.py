@@ -197,6 +197,7 @@ class DocumentStream:
         self._start, self._window, self._row = start, window, row
         self._packed: Packed | None = None
         self._reading = self.data.documents(start)
+        self._ahead: Document | None = None
 
     @property
     def epoch(self) -> int:
@@ -229,14 +230,13 @@ class DocumentStream:
     def _load(self) -> tuple[Packed, Position]:
         """The window that starts here, and where the next one does."""
         data, documents, tokens = self.data, list[Document](), 0
-        for document in self._reading:
+        document = self._ahead or next(self._reading, None)
+        while document is not None and tokens < data.window * data.seq_len:
             documents.append(document)
             tokens += len(document.tokens)
-            if tokens >= data.window * data.seq_len:
-                end = document.end
-                break
-        else:
-            end = Position(self._start.epoch + 1)
+            document = next(self._reading, None)
+        self._ahead = document  # tells whether the epoch goes on
+        end = documents[-1].end if document else Position(self._start.epoch + 1)
         shuffle = (data.seed, self._window)
         packed = data.pack(documents, overlong=data.overlong, shuffle=shuffle)
         self._report(packed.plan)

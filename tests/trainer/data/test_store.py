@@ -314,7 +314,7 @@ def test_a_store_made_with_another_tokenizer_is_refused(folder):
     place = locate(source="store", path=str(store.folder))
     rest = {"cache_dir": folder, "way": ALONE}
     assert open_documents(place, tokenizer=ByteTokenizer(), **rest).hash == store.hash
-    with pytest.raises(ConfigError, match="made with the tokenizer bytes-1, .* is wide"):
+    with pytest.raises(ConfigError, match=r"made with the tokenizer bytes-1, .* is wide"):
         open_documents(place, tokenizer=WideTokenizer(), **rest)
     with pytest.raises(ConfigError, match=r"data\.path=.*no token store"):
         locate(source="store", path=str(folder / "nowhere"))
