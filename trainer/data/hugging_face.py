@@ -44,6 +44,10 @@ class HubDataset:
     column: str
     streaming: bool
 
+    def __post_init__(self) -> None:
+        if self.subset is not None and (self._saved or Path(self.path).is_file()):
+            raise ConfigError(f"data.subset={self.subset}: {self.label} has no subsets")
+
     @property
     def _saved(self) -> bool:
         folder = Path(self.path)
