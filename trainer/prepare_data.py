@@ -7,7 +7,7 @@ from typing import Any
 
 from trainer.data.inspection import describe
 from trainer.data.opening import PLACE, locate
-from trainer.data.prepare import Way, prepare, store_key
+from trainer.data.prepare import Way, prepare, store_key, unfinished
 from trainer.data.store import TokenStore
 from trainer.data.tokenizer import build_tokenizer
 from trainer.errors import ConfigError, naming
@@ -60,7 +60,7 @@ def _prepare(data: Mapping[str, Any], folder: Path, way: Way) -> TokenStore:
     if folder.exists():
         _check_same(folder, store_key(source, tokenizer, way.unit_bytes))
         log.info("output=%s: it is there already, made of the same", folder)
-    work, place = folder.with_name(f".{folder.name}"), f"output={folder}"
+    work, place = unfinished(folder), f"output={folder}"
     return prepare(source, tokenizer, folder, work=work, way=way, place=place)
 
 

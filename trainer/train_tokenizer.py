@@ -14,6 +14,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from trainer.data.opening import PLACE, locate
+from trainer.data.prepare import unfinished
 from trainer.data.source import Source
 from trainer.data.store import TokenStore
 from trainer.data.tokenizer import TOKENIZER, build_tokenizer, pieces
@@ -99,7 +100,7 @@ def _train(
 def _publish(tokenizer: tokenizers.Tokenizer, folder: Path, **roles: str) -> None:
     """The folder appears by one rename, once it is known to be read again."""
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    staging = folder.with_name(f".{folder.name}")
+    staging = unfinished(folder)
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)

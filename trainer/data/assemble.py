@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,11 +41,9 @@ def assemble(
     documents = sum(part.facts["documents"] for part in found)
     if not documents:
         raise ConfigError(f"{label}: no text, every document is empty")
-    index = np.lib.format.open_memmap(
-        folder / INDEX, "w+", np.dtype("<u8"), (len(Column), documents)
-    )
-    with (folder / INDEX).open("rb+") as file:  # a full disk is an error here, not a signal there
-        os.posix_fallocate(file.fileno(), 0, (folder / INDEX).stat().st_size)
+    # Written before it is mapped: a full disk is an error here, and would be a signal there.
+    np.save(folder / INDEX, np.zeros((len(Column), documents), "<u8"))
+    index = np.load(folder / INDEX, mmap_mode="r+")
     _fill(index, folder / NAMES, found)
     index.flush()
     tokenizer.save(folder)

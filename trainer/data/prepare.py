@@ -49,13 +49,19 @@ class Way:
     unit_bytes: int = UNIT_BYTES
 
 
+def unfinished(folder: Path) -> Path:
+    """The folder beside it for what is on its way into it; whatever else is there may be removed,
+    so it has a name that nothing else has."""
+    return folder.with_name(f".{folder.name}.unfinished")
+
+
 def open_store(source: Source, tokenizer: Tokenizer, cache_dir: Path, way: Way) -> TokenStore:
     """The store of this source and tokenizer in the cache, prepared first if it is not there.
 
     Where machines share the cache without sharing locks, each prepares, and the first wins.
     """
     key = store_key(source, tokenizer, way.unit_bytes)[:32]
-    work = cache_dir / f".{key}.{platform.node()}"
+    work = unfinished(cache_dir / f"{key}.{platform.node()}")
     place = f"data.cache_dir={cache_dir}"
     return prepare(source, tokenizer, cache_dir / key, work=work, way=way, place=place)
 
@@ -85,7 +91,7 @@ def _prepare(source: Source, tokenizer: Tokenizer, folder: Path, work: Path, way
     made_from = store_key(source, tokenizer, way.unit_bytes)
     _open_work(work, made_from)
     todo = units(source.slices(), way.unit_bytes)
-    _tokenize(parts, source, tokenizer, todo, way.workers or len(os.sched_getaffinity(0)))
+    _tokenize(parts, source, tokenizer, todo, way.workers or _cpus())
     shutil.rmtree(store, ignore_errors=True)
     store.mkdir()
     assemble(store, parts, todo, label=source.label, made_from=made_from, tokenizer=tokenizer)
@@ -142,6 +148,12 @@ def _tokenize(
             ) from error
 
 
+def _cpus() -> int:
+    """Of this process; of the machine where the system does not tell."""
+    tells = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if tells else os.cpu_count() or 1
+
+
 def _make(
     number: int, unit: Sequence[Slice], parts: Path, source: Source, tokenizer: Tokenizer
 ) -> bool:
@@ -158,6 +170,7 @@ _job: tuple[Path, Source, Tokenizer]  # of a worker process
 def _start(*job: object) -> None:
     global _job
     end_with_parent()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each CPU
     _job = job  # type: ignore[assignment]
 
 

@@ -268,7 +268,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_published(folder, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    for module, name in ((part, "_write_documents"), (part.np, "save"), (os, "posix_fallocate")):
+    for module, name in ((part, "_write_documents"), (part.np, "save"), (assemble, "_fill")):
         with (
             monkeypatch.context() as patch,
             pytest.raises(ConfigError, match=r"^output=x: cannot write .*: No space left"),
