@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.construct import call
+from trainer.data import build_data
 from trainer.data.inspection import describe
 from trainer.data.opening import PLACE, locate
 from trainer.data.prepare import Way, prepare, store_key, unfinished
@@ -29,6 +31,7 @@ def prepare_or_inspect(
 
     Raises ConfigError naming the key that is wrong.
     """
+    call(build_data, data, "data", partial=True)  # for the types of the values
     for key, value, least in (("workers", workers, 1), ("shard_mb", shard_mb, 1)):
         if value is not None and value < least:
             raise ConfigError(f"{key}={value}: must be at least {least}")

@@ -13,6 +13,8 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
+from trainer.construct import call
+from trainer.data import build_data
 from trainer.data.opening import PLACE, locate
 from trainer.data.prepare import unfinished
 from trainer.data.source import Source
@@ -38,6 +40,7 @@ def write_tokenizer(
 
     The keywords are the keys of conf/train_tokenizer.yaml. Raises ConfigError.
     """
+    call(build_data, data, "data", partial=True)  # for the types of the values
     special = list(dict.fromkeys((end_of_document, padding)))
     if vocab_size < BYTES + len(special):
         raise ConfigError(

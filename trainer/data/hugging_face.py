@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,9 @@ class HubDataset:
     @cached_property
     def _builder(self) -> datasets.DatasetBuilder:
         file = Path(self.path)
-        kind = LOADERS.get("".join(file.suffixes[-1:])) if file.is_file() else None
+        kind = LOADERS.get(file.suffix) if file.is_file() else None
         if kind is not None:
-            return self._ask(
-                datasets.load_dataset_builder, kind, data_files={self.split: self.path}
-            )
+            return self._ask(datasets.load_dataset_builder, kind, data_files=self.path)
         return self._ask(datasets.load_dataset_builder, self.path, self.subset)
 
     @cached_property
@@ -117,14 +115,17 @@ class HubDataset:
         try:
             for record in chosen:
                 row += 1
-                where = f"{self.label}: {part.name}:{before + row}"
                 if self.column not in record:
                     raise missing_column(self.label, part.name, self.column, record)
+                where = partial(self._where, part, before + row)
                 yield Record(row, text_content(record[self.column], where))
         except ConfigError:
             raise
         except Exception as error:  # whatever reads the files behind it, there is no common base
             raise self._failed(error) from error
+
+    def _where(self, part: Slice, row: int) -> str:
+        return f"data.column={self.column}: {part.name}:{row}"
 
     def _ask(self, function: Any, *args: Any, **keywords: Any) -> Any:
         try:
@@ -133,10 +134,6 @@ class HubDataset:
             raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> ConfigError:
-        cause = (
-            error.__cause__
-            if isinstance(error, datasets.exceptions.DatasetGenerationError)
-            else None
-        )
-        reason = " ".join(str(cause or error).split())
-        return ConfigError(f"{self.label}: {reason[:300]}")
+        generation = isinstance(error, datasets.exceptions.DatasetGenerationError)
+        cause = error.__cause__ if generation else error  # the former says nothing of its own
+        return ConfigError(f"{self.label}: {' '.join(str(cause).split())[:300]}")

@@ -81,9 +81,7 @@ class JsonLines(Files):
         value = record.get(self.column, record)
         if value is record:
             raise missing_column(self.label, self._where(part, row), self.column, record)
-        if value is None or isinstance(value, str):
-            return text_content(value, "")
-        return text_content(value, f"data.column={self.column}: {self._where(part, row)}")
+        return text_content(value, lambda: f"data.column={self.column}: {self._where(part, row)}")
 
     def _where(self, part: Slice, row: int) -> str:
         """file:line; the lines before the slice are counted now that one of them matters."""

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -128,7 +128,7 @@ def find_files(path: str, *suffixes: str) -> tuple[str, Path, tuple[str, ...]]:
     return label, location, below(location, label, suffixes)
 
 
-def text_content(value: object, where: str) -> bytes:
+def text_content(value: object, where: Callable[[], str]) -> bytes:
     """Of a field that holds text; nothing for null. Raises ConfigError for anything else.
 
     JSON can spell half a surrogate pair, which UTF-8 has no place for; its bytes are kept too.
@@ -138,7 +138,7 @@ def text_content(value: object, where: str) -> bytes:
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str):
-        raise ConfigError(f"{where} is not text but {type(value).__name__}")
+        raise ConfigError(f"{where()} is not text but {type(value).__name__}")
     try:
         return value.encode("utf-8", errors="surrogateescape")
     except UnicodeEncodeError:

@@ -69,7 +69,7 @@ def test_key_follows_files_and_configuration(folder):
     ("path", "keys", "message"),
     [
         ("files", {"column": "t"}, r"data\.column=t: .*such column; it has: n, text$"),
-        ("files", {"column": "n"}, r"files.*:1 is not text but int"),
+        ("files", {"column": "n"}, r"data\.column=n: .*files.*:1 is not text but int"),
         ("files", {"split": "test"}, r"data\.path=.*test.*train"),
         ("files", {"subset": "de"}, r"data\.path=.*de.*default"),
         ("saved", {"subset": "de"}, r"data\.subset=de"),
