@@ -1,9 +1,11 @@
 """What reaches a process from outside: signals that ask it to stop, and its launcher's death."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -41,6 +43,25 @@ class StopSignals:
         self.noted = self.noted or signal.Signals(number).name
 
 
+def ignore_stop_signals() -> None:
+    """In a process that serves another one, which is asked to stop and ends it when it is done."""
+    for number in (*STOP_SIGNALS, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def end_with_parent() -> None:
+    """From here on this process ends when the one that asked multiprocessing for it has ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
 def end_with_launcher() -> None:
     """From here on the kernel kills this process when its launcher ends, however that happens.
 
@@ -51,14 +72,8 @@ def end_with_launcher() -> None:
     if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     launcher = os.getppid()
-    end_with_parent()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # As the first process of a container the launcher takes all others along by itself.
     orphan = launcher == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes()
     if orphan or os.getppid() != launcher:
         os._exit(1)
-
-
-def end_with_parent() -> None:
-    """From here on the kernel kills this process when its parent ends, where it is Linux's."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

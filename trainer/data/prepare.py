@@ -25,7 +25,7 @@ from trainer.data.source import Slice, Source, units
 from trainer.data.store import FORMAT, TokenStore
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
-from trainer.signals import end_with_parent
+from trainer.signals import end_with_parent, ignore_stop_signals
 
 UNIT_BYTES = 2**26  # of source: the size of shards, and the most that a killed process loses
 
@@ -170,6 +170,7 @@ _job: tuple[Path, Source, Tokenizer]  # of a worker process
 def _start(*job: object) -> None:
     global _job
     end_with_parent()
+    ignore_stop_signals()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each CPU
     _job = job  # type: ignore[assignment]
 
