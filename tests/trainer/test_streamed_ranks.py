@@ -5,7 +5,7 @@ from tests.trainer.runs import Runs, assert_same
 COMMON = [
     "data.streaming=true",
     "data.window=2",
-    "data.batch_size=4",
+    "data.batch_size=8",
     "data.eval_fraction=0.3",
     "trainer.precision=fp64",
     "checkpoint.every=3",
