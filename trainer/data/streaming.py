@@ -8,7 +8,7 @@ number of ranks and micro-batches. Every rank reads the whole stream and takes i
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple
@@ -41,7 +41,6 @@ class Position:
 
 class Document(NamedTuple):
     name: str
-    digest: int
     tokens: NDArray[np.integer]  # eos included
     end: Position  # behind it
 
@@ -93,13 +92,13 @@ class StreamedData:
         self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
         self.eval_fraction, self.eval_documents = eval_fraction, eval_documents
         self.overlong, self.window = overlong, window
-        self.slices = source.slices()
+        self.slices, self._outline = source.slices(), source.outline()
 
     def identity(self) -> dict[str, str | int | float]:
         """What the order of training rows follows from; a resumed run must have the same."""
         return {
             "data.tokenizer": self.tokenizer.fingerprint,
-            "data.streaming source": self.source.outline(),
+            "data.streaming source": self._outline,
             "data.seed": self.seed,
             "data.seq_len": self.seq_len,
             "data.batch_size": self.batch_size,
@@ -108,29 +107,28 @@ class StreamedData:
             "data.window": self.window,
         }
 
-    def documents(self, start: Position, *, held_out: bool = False) -> Iterator[Document]:
-        """From `start` to the end of its epoch, of training or those that are held out from it."""
+    def documents(self, start: Position) -> Iterator[Document]:
+        """Of training, from `start` to the end of its epoch."""
         order = permutation(len(self.slices), (self.seed, start.epoch, 2)).tolist()
         for place in range(start.slice, len(order)):
             skipped = start.record if place == start.slice else 0
-            yield from self._read(self.slices[order[place]], start.epoch, place, skipped, held_out)
+            at = Position(start.epoch, place, skipped)
+            yield from self._read(self.slices[order[place]], at, held_out=False)
 
-    def _read(
-        self, part: Slice, epoch: int, place: int, skipped: int, held_out: bool
-    ) -> Iterator[Document]:
-        records = islice(self.source.read(part), skipped, None)
-        for record, (row, content) in enumerate(records, start=skipped + 1):
-            digest = content_digest(content)
-            if self._held_out(digest) != held_out:
+    def _read(self, part: Slice, start: Position, *, held_out: bool) -> Iterator[Document]:
+        """What a slice has behind `start`, of training or held out from it."""
+        records = islice(self.source.read(part), start.record, None)
+        for record, (row, content) in enumerate(records, start=start.record + 1):
+            if self._is_held_out(content) != held_out:
                 continue
             ids = self.tokenizer.encode(content)
             if len(ids):
                 tokens = np.append(ids, self.tokenizer.eos_id)
-                end = Position(epoch, place, record)
-                yield Document(_name(part, row), digest, tokens, end)
+                yield Document(_name(part, row), tokens, replace(start, record=record))
 
-    def _held_out(self, digest: int) -> bool:
-        return (digest >> 11) * 2.0**-53 < self.eval_fraction
+    def _is_held_out(self, content: bytes) -> bool:
+        """As a store's documents are."""
+        return (content_digest(content) >> 11) * 2.0**-53 < self.eval_fraction
 
     def pack(self, documents: list[Document], **policy: Any) -> Packed:
         lengths = np.array([len(document.tokens) for document in documents], np.int64)
@@ -157,8 +155,8 @@ class StreamedData:
         """The first held-out documents of the source, for as long as there are some to find."""
         wanted = self.eval_documents if self.eval_fraction else 0
         found: list[Document] = []
-        for place, part in enumerate(self.slices if wanted else []):
-            documents = self._read(part, 0, place, 0, held_out=True)
+        for part in self.slices if wanted else []:
+            documents = self._read(part, Position(), held_out=True)
             found += islice(documents, wanted - len(found))
             if len(found) == wanted:
                 break
@@ -236,7 +234,7 @@ class DocumentStream:
             tokens += len(document.tokens)
             document = next(self._reading, None)
         self._ahead = document  # tells whether the epoch goes on
-        end = documents[-1].end if document else Position(self._start.epoch + 1)
+        end = Position(self._start.epoch + 1) if document is None else documents[-1].end
         shuffle = (data.seed, self._window)
         packed = data.pack(documents, overlong=data.overlong, shuffle=shuffle)
         self._report(packed.plan)
