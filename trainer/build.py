@@ -31,7 +31,7 @@ from trainer.checkpoint.store import CheckpointStore
 from trainer.checkpoint.weights import load_weights
 from trainer.console import Console, header
 from trainer.construct import call, construct
-from trainer.data import TrainStream, build_data
+from trainer.data import build_data, build_stream
 from trainer.engine import Engine, verify_gradient_factor
 from trainer.errors import ConfigError, naming
 from trainer.guard import Guard, Spike
@@ -180,7 +180,7 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
     }
     data = call(build_data, config["data"], "data")
     check_agreement(config, data.identity(), mesh)
-    stream = TrainStream(data, **share)
+    stream = build_stream(data, **share)
     ops = build_ops(config["ops"], mesh.device, numerics.products)
     vocab_size = data.tokenizer.vocab_size
     model = build_model(config["model"], config["mixer"], vocab_size=vocab_size, ops=ops)

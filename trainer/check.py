@@ -20,7 +20,7 @@ from trainer.checkpoint.weights import open_weights
 from trainer.construct import call, construct
 from trainer.data import build_data
 from trainer.data.dataset import check_values
-from trainer.data.source import build_source
+from trainer.data.opening import PLACE, locate
 from trainer.data.stream import check_shares
 from trainer.data.tokenizer import build_tokenizer
 from trainer.errors import ConfigError, naming
@@ -84,7 +84,7 @@ def _check_data(section: Config, files: bool) -> int:
     own = ("seq_len", "batch_size", "seed", "eval_fraction", "overlong")
     check_values(**{key: section[key] for key in own})
     if files:
-        build_source(section["source"], section["path"])
+        locate(**{key: section[key] for key in PLACE})
     elif section["tokenizer"] != "bytes":
         return 1
     return build_tokenizer(section["tokenizer"]).vocab_size

@@ -12,7 +12,7 @@ from trainer.agreement import check_agreement
 from trainer.batch import Batch
 from trainer.build import build_ops, build_sharder, share_sequences
 from trainer.construct import call
-from trainer.data import build_data
+from trainer.data import StreamedData, build_data
 from trainer.errors import ConfigError
 from trainer.evals import perplexity
 from trainer.load import load_model, tokenizer_of
@@ -46,6 +46,8 @@ def run_task(
     numerics = Numerics.choose(settings.precision, mesh.device)
     tokenizer = data["tokenizer"] or tokenizer_of(checkpoint)
     documents = call(build_data, {**data, "tokenizer": tokenizer}, "data")
+    if isinstance(documents, StreamedData):
+        raise ConfigError("data.streaming=true: evaluation reads a token store; allowed: false")
     config = {"task": task, "split": split, "trainer": trainer, "parallel": parallel}
     check_agreement(config, documents.identity(), mesh)
     model = load_model(

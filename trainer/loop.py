@@ -20,7 +20,7 @@ from parallel.layout import TokenLayout
 from parallel.mesh import Mesh
 from trainer.batch import Batch
 from trainer.checkpoint.store import CheckpointStore
-from trainer.data import TrainStream
+from trainer.data import DocumentStream, TrainStream
 from trainer.engine import Engine
 from trainer.errors import ConfigError, TrainingError
 from trainer.guard import Fault, Guard
@@ -60,7 +60,7 @@ class Trainer:
     blueprint: HybridLM  # on the meta device, for what shapes alone tell
     engine: Engine
     mesh: Mesh
-    stream: TrainStream
+    stream: TrainStream | DocumentStream
     sharder: Sharder | None = None  # where ranks share sequences
     store: CheckpointStore
     learning_rate: Callable[[int], float]

@@ -39,12 +39,15 @@ from trainer.construct import call
 from trainer.errors import ConfigError, TrainingError
 from trainer.evaluate import run_task, trained_on
 from trainer.generation import write_text
+from trainer.prepare_data import prepare_or_inspect
 from trainer.run_folder import session, write_whole
 from trainer.settings import Settings, Start
 from trainer.signals import EXIT_STOPPED, StopSignals, end_with_launcher
 from trainer.slurm import job as slurm
+from trainer.train_tokenizer import write_tokenizer
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+FLAGS = {"--inspect": "inspect=true"}  # a word for what is a key like any other
 
 
 def command(config_name: str, job: Callable[[dict[str, Any]], object]) -> None:
@@ -52,7 +55,7 @@ def command(config_name: str, job: Callable[[dict[str, Any]], object]) -> None:
     end_with_launcher()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, instead of printing and exiting with 1
     register_mixers()
-    sys.argv[1:] = map(verbatim, sys.argv[1:])
+    sys.argv[1:] = [verbatim(FLAGS.get(argument, argument)) for argument in sys.argv[1:]]
 
     @hydra.main(version_base=None, config_path=str(CONF), config_name=config_name)
     def run(config: DictConfig) -> None:
@@ -246,6 +249,19 @@ def generate(config: dict[str, Any]) -> None:
 def convert(config: dict[str, Any]) -> None:
     """Prints the folder that was written."""
     print(call(write_weights, config, ""))
+
+
+def prepare_data(config: dict[str, Any]) -> None:
+    """Writes a token store, or prints what one holds."""
+    configure_logging(main=True)
+    for line in call(prepare_or_inspect, config, ""):
+        print(line)
+
+
+def train_tokenizer(config: dict[str, Any]) -> None:
+    """Prints the folder that was written."""
+    configure_logging(main=True)
+    print(call(write_tokenizer, config, ""))
 
 
 def preset(config_name: str, model: str) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """What reaches a process from outside: signals that ask it to stop, and its launcher's death."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -39,6 +41,25 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.noted = self.noted or signal.Signals(number).name
+
+
+def ignore_stop_signals() -> None:
+    """In a process that serves another one, which is asked to stop and ends it when it is done."""
+    for number in (*STOP_SIGNALS, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def end_with_parent() -> None:
+    """From here on this process ends when the one that asked multiprocessing for it has ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def end_with_launcher() -> None:

@@ -1,5 +1,7 @@
 """The training rows of one data rank, step by step, over epoch ends and over resumes."""
 
+from collections.abc import Mapping
+
 from trainer.batch import Batch
 from trainer.data.dataset import Data
 from trainer.errors import ConfigError
@@ -45,19 +47,25 @@ class TrainStream:
 
     def restore(self, state: dict) -> None:
         """Goes on where `state` was taken; raises ConfigError naming what differs if it cannot."""
-        then, now = state["made_of"], self.data.identity()
-        differing = [
-            f"{key}={_short(now[key])} (checkpoint: {_short(then.get(key))})"
-            for key in now
-            if now[key] != then.get(key)
-        ]
-        if differing:
-            raise ConfigError(f"the data may not change on resume: {', '.join(differing)}")
+        if "plan" not in state:
+            raise ConfigError("data.streaming=false: the checkpoint was written with true")
+        check_same(state["made_of"], self.data.identity())
         if self.data.plan(state["epoch"]).hash != state["plan"]:
             raise ConfigError(
                 "the checkpoint's packing plan cannot be made again by this version of the program"
             )
         self.epoch, self._row = state["epoch"], state["row"]
+
+
+def check_same(then: Mapping[str, object], now: Mapping[str, object]) -> None:
+    """Raises ConfigError naming what a checkpoint's stream was made of and this one is not."""
+    differing = [
+        f"{key}={_short(now[key])} (checkpoint: {_short(then.get(key))})"
+        for key in now
+        if now[key] != then.get(key)
+    ]
+    if differing:
+        raise ConfigError(f"the data may not change on resume: {', '.join(differing)}")
 
 
 def check_shares(batch_size: int, micro_batch_size: int, ranks: int) -> None:

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -10,10 +12,19 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from trainer.checkpoint.manifest import MANIFEST, read_manifest
 from trainer.errors import ConfigError
 
 # Matrix dimensions of 64 keep the head on fast kernels and divisible by common degrees of sharding.
 VOCAB_MULTIPLE = 64
+TOKENIZER = "tokenizer.json"
+DESCRIPTIONS = ("special_tokens_map.json", "tokenizer_config.json")  # the later one wins
+
+# A longer text is encoded in pieces: an encoding takes more than a hundred times its text.
+PIECE_BYTES = 2**20
+# Where a piece may end without a trace: tokenizers that split words, byte-level BPE above all,
+# look no further than from a line to the next one's first character.
+_LINE_END = re.compile(rb"\S\n(?=\S)")
 
 
 class Tokenizer(Protocol):
@@ -32,6 +43,10 @@ class Tokenizer(Protocol):
         """Special tokens vanish; bytes that are not UTF-8 become U+FFFD."""
         ...
 
+    def save(self, folder: Path) -> None:
+        """Puts it into a token store, from where `build_tokenizer` takes it again."""
+        ...
+
 
 def padded(size: int) -> int:
     return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
@@ -40,6 +55,25 @@ def padded(size: int) -> int:
 def as_bytes(text: bytes | str) -> bytes:
     """Bytes of the command line that are not UTF-8 arrive as lone surrogates, and become again."""
     return text if isinstance(text, bytes) else text.encode("utf-8", errors="surrogateescape")
+
+
+def pieces(text: bytes, size: int = PIECE_BYTES) -> Iterator[bytes]:
+    """The text in parts of `size` bytes or little more.
+
+    A part ends behind a line that the next one follows at once. Where there is none for another
+    `size` bytes it ends inside a line, between two characters, and a tokenizer that would merge
+    over that place gives other ids than for the whole text.
+    """
+    start = 0
+    while len(text) - start > size:
+        least = start + size
+        line = _LINE_END.search(text, least, least + size)
+        stop = line.end() if line else least + size
+        while stop < len(text) and text[stop] & 0xC0 == 0x80:  # inside a character of UTF-8
+            stop += 1
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
 
 
 class ByteTokenizer:
@@ -57,6 +91,9 @@ class ByteTokenizer:
         ids = np.asarray(ids, np.int64)
         return ids[ids < 256].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
+    def save(self, folder: Path) -> None:
+        """Nothing: a store's fingerprint says that its tokens are bytes."""
+
 
 class HuggingFaceTokenizer:
     """A tokenizer.json, or a folder with one; its config names the end-of-document token.
@@ -65,11 +102,13 @@ class HuggingFaceTokenizer:
     """
 
     def __init__(self, path: Path) -> None:
-        file = path / "tokenizer.json" if path.is_dir() else path
+        file = path / TOKENIZER if path.is_dir() else path
         if not file.is_file():
             raise ConfigError(
-                f"data.tokenizer={path}: must be `bytes`, a tokenizer.json or a folder with one"
+                f"data.tokenizer={path}: must be `bytes`, a tokenizer.json, a folder with one, or "
+                "a token store"
             )
+        self._file = file
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
             config = _special_tokens(file.parent)
@@ -94,18 +133,33 @@ class HuggingFaceTokenizer:
         self.fingerprint = hashlib.sha256(content).hexdigest()
 
     def encode(self, text: bytes | str) -> NDArray[np.integer]:
-        readable = as_bytes(text).decode("utf-8", errors="replace")
-        ids = self._tokenizer.encode(readable, add_special_tokens=False).ids
-        return np.array(ids, np.uint32)
+        """Bytes that are not UTF-8 become U+FFFD; see `pieces` for what is long."""
+        parts = [part.decode("utf-8", errors="replace") for part in pieces(as_bytes(text))]
+        ids = [np.array(self._encode(part), np.uint32) for part in parts]
+        return ids[0] if len(ids) == 1 else np.concatenate(ids)
+
+    def _encode(self, text: str) -> list[int]:
+        # The form for batches is faster, as it keeps no offsets.
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    def save(self, folder: Path) -> None:
+        shutil.copyfile(self._file, folder / TOKENIZER)
+        for name in DESCRIPTIONS:
+            if (self._file.parent / name).is_file():
+                shutil.copyfile(self._file.parent / name, folder / name)
+
+    def __reduce__(self) -> tuple:
+        """By its file: what `tokenizers` pickles has lost `encode_special_tokens`."""
+        return HuggingFaceTokenizer, (self._file,)
+
 
 def _special_tokens(folder: Path) -> dict[str, str]:
-    """Role -> text, from the files that describe a tokenizer.json; the later one wins."""
+    """Role -> text, from the files that describe a tokenizer.json."""
     config: dict = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+    for name in DESCRIPTIONS:
         if (folder / name).is_file():
             config |= json.loads((folder / name).read_bytes())
     tokens = ((role, config.get(role)) for role in ("eos_token", "pad_token"))
@@ -113,5 +167,18 @@ def _special_tokens(folder: Path) -> dict[str, str]:
 
 
 def build_tokenizer(name: str) -> Tokenizer:
-    """`bytes`, or the path of a Hugging Face tokenizer."""
-    return ByteTokenizer() if name == "bytes" else HuggingFaceTokenizer(Path(name).expanduser())
+    """`bytes`, the path of a Hugging Face tokenizer, or a token store for the one it was made with.
+
+    Raises ConfigError.
+    """
+    path = Path(name).expanduser()
+    if name == "bytes" or _of_bytes(path / MANIFEST):
+        return ByteTokenizer()
+    return HuggingFaceTokenizer(path)
+
+
+def _of_bytes(manifest: Path) -> bool:
+    """Whether this is the manifest of a token store whose tokens are bytes."""
+    if not manifest.is_file():
+        return False
+    return read_manifest(manifest.parent).get("tokenizer") == ByteTokenizer.fingerprint

@@ -20,12 +20,20 @@ def build(folder, **changes):
     options = {
         "source": "files",
         "path": str(folder / "text"),
+        "column": None,
+        "subset": None,
+        "split": None,
         "tokenizer": "bytes",
         "seq_len": 16,
         "batch_size": 8,
         "seed": 0,
         "eval_fraction": 0.25,
         "overlong": "split",
+        "streaming": False,
+        "window": 3,
+        "eval_documents": 4,
         "cache_dir": str(folder / "cache"),
+        "cache_workers": 1,
+        "cache_wait_minutes": 1.0,
     }
     return build_data(**options | changes)

@@ -16,9 +16,9 @@ def config(name, *overrides):
     return OmegaConf.to_container(composed, resolve=True)["data"]
 
 
-@pytest.mark.parametrize("name", ["stdlib", "files"])
+@pytest.mark.parametrize("name", ["stdlib", "files", "jsonl", "parquet", "hf", "store"])
 def test_config_has_the_keywords_of_build_data(name):
-    keywords = config(name)
+    keywords = config(name, "data.path=here")
     assert keywords.keys() == inspect.signature(build_data).parameters.keys()
     assert keywords["source"] == name
     assert keywords["seed"] == 3

@@ -16,10 +16,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def take(data, steps, *, ranks=1, micro_batch_size=1, state=None):
+def take(data, steps, *, ranks=1, micro_batch_size=1, state=None, kind=TrainStream):
     """Tokens and labels of each step, [batch_size, seq] each, and the state behind the last."""
     streams = [
-        TrainStream(data, micro_batch_size=micro_batch_size, rank=rank, ranks=ranks)
+        kind(data, micro_batch_size=micro_batch_size, rank=rank, ranks=ranks)
         for rank in range(ranks)
     ]
     for stream in streams:

@@ -1,4 +1,5 @@
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from trainer.data.tokenizer import ByteTokenizer, build_tokenizer
+from trainer.data.tokenizer import ByteTokenizer, build_tokenizer, pieces
 from trainer.errors import ConfigError
 
 TEXT = "def spam(eggs):\n    return eggs or 'spam'\n"
@@ -63,6 +64,29 @@ def test_hugging_face_round_trip(folder, name):
     assert len(tokenizer.encode("spam")) <= 4
     assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.vocab_size) == (0, 1, 320)
     assert tokenizer.decode(np.append(ids, tokenizer.eos_id)) == TEXT * 5
+
+
+def test_a_long_text_is_cut_behind_lines_and_encoded_as_one(folder, monkeypatch):
+    text = (TEXT * 40 + "é" * 50 + "\n\n  x\n").encode() * 3
+    whole = build_tokenizer(str(folder)).encode(text)
+    for size in (20, 100, 1000):
+        parts = list(pieces(text, size))
+        assert b"".join(parts) == text
+        assert len(parts) > len(text) // (3 * size)
+        assert all(size <= len(part) <= 2 * size + 3 for part in parts[:-1])
+        for part in parts:
+            part.decode()  # no character is cut
+        monkeypatch.setattr("trainer.data.tokenizer.pieces", lambda text, n=size: pieces(text, n))
+        if size > 100:  # no line end is out of reach
+            assert build_tokenizer(str(folder)).encode(text).tolist() == whole.tolist()
+    assert list(pieces(b"", 4)) == [b""]
+    assert list(pieces(b"x" * 10, 4)) == [b"x" * 8, b"xx"]
+
+
+def test_pickled_it_still_takes_text_for_text(folder):
+    tokenizer = pickle.loads(pickle.dumps(build_tokenizer(str(folder))))
+    assert tokenizer.eos_id not in tokenizer.encode("a<eos>b")
+    assert len(tokenizer.encode(TEXT * 5)) > 8
 
 
 def test_text_cannot_forge_an_end_of_document(folder):
