@@ -3,7 +3,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from trainer.data.plan import best_fit, make_plan, permutation
+from trainer.data.packing import best_fit
+from trainer.data.plan import make_plan, permutation
 
 SEQ_LENS = [1, 2, 7, 64, 1000]
 
@@ -53,7 +54,7 @@ def test_every_token_lies_in_one_row_and_no_row_overflows(seq_len, shuffle):
             covered.update((document, start + i) for i in range(length))
     assert covered == Counter((3 * d, i) for d, n in enumerate(lengths) for i in range(n))
     assert plan.tokens == lengths.sum()
-    assert plan.split_documents == (lengths > seq_len).sum()
+    assert plan.cut_documents == (lengths > seq_len).sum()
     assert plan.padding_share == pytest.approx(1 - lengths.sum() / (plan.rows * seq_len))
 
 
@@ -71,7 +72,7 @@ def test_drop_leaves_out_long_documents_and_counts_them():
     assert kept == set(np.flatnonzero(lengths <= 64).tolist())
     assert plan.dropped_documents == (lengths > 64).sum() > 0
     assert plan.dropped_tokens == lengths[lengths > 64].sum()
-    assert plan.split_documents == 0
+    assert plan.cut_documents == 0
     assert make_plan(np.arange(2), np.array([65, 70]), seq_len=64, overlong="drop").rows == 0
 
 
