@@ -31,11 +31,14 @@ from trainer.checkpoint.store import CheckpointStore
 from trainer.checkpoint.weights import load_weights
 from trainer.console import Console, header
 from trainer.construct import call, construct
-from trainer.data import TrainStream, build_data
+from trainer.data import Data, TrainStream, build_data
+from trainer.data.balance import RowCost
+from trainer.data.report import describe
 from trainer.engine import Engine, verify_gradient_factor
 from trainer.errors import ConfigError, naming
 from trainer.guard import Guard, Spike
 from trainer.heap import keep_heap
+from trainer.loader import Loader
 from trainer.loop import Sink, Trainer
 from trainer.loss import LanguageModelLoss
 from trainer.metrics import MetricsFile, TensorBoard, Wandb, peak_flops
@@ -180,19 +183,19 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
     }
     data = call(build_data, config["data"], "data")
     check_agreement(config, data.identity(), mesh)
-    stream = TrainStream(data, **share)
     ops = build_ops(config["ops"], mesh.device, numerics.products)
     vocab_size = data.tokenizer.vocab_size
     model = build_model(config["model"], config["mixer"], vocab_size=vocab_size, ops=ops)
     blueprint = copy.deepcopy(model)  # an engine may keep parameters in another shape
     engine = build_engine(model, config, settings, numerics, parallelism, mesh)
     sharder = build_sharder(model, parallelism, mesh, pad_id=data.tokenizer.pad_id)
+    check_lengths(data, sharder)
+    stream = TrainStream(data, cost=row_cost(blueprint) if data.balance else None, **share)
     trainer = Trainer(
         blueprint=blueprint,
         engine=engine,
         mesh=mesh,
-        stream=stream,
-        sharder=sharder,
+        loader=Loader(stream, sharder=sharder, workers=data.workers),
         store=build_store(saving, evaluation, mesh, run_dir),
         learning_rate=build_learning_rate(config),
         steps=settings.steps,
@@ -213,12 +216,33 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
         "numerics": numerics,
         "memory": engine.memory(),
     }
-    for line in header(config, blueprint, parallelism=parallelism, heap_kept=kept, **facts):
+    for line in header(
+        config, blueprint, data.steps, parallelism=parallelism, heap_kept=kept, **facts
+    ):
         log.info(line)
     start_from(trainer, config)
+    if mesh.main:
+        for line in describe(stream, row_cost(blueprint), sharder):
+            log.info(line)
     trainer.sinks = build_sinks(trainer, config, run_dir)
     trainer.sinks += build_profiler(trainer, profiling, run_dir)
     return trainer
+
+
+def row_cost(model: HybridLM) -> RowCost:
+    """FLOPs are affine in the tokens that a token sees, for every mixer."""
+    token = model.flops_per_token(0)
+    return RowCost(token=token, pair=model.flops_per_token(1) - token)
+
+
+def check_lengths(data: Data, sharder: Sharder | None) -> None:
+    """Raises ConfigError for rows that mixers cannot share among ranks without padding."""
+    for seq_len in dict.fromkeys(stage.seq_len for stage in data.steps.stages):
+        if sharder is not None and seq_len % sharder.multiple:
+            raise ConfigError(
+                f"data.seq_len={seq_len}: with parallel.cp={sharder.ranks} it must be a multiple "
+                f"of {sharder.multiple}, the block of a mixer"
+            )
 
 
 def build_profiler(trainer: Trainer, profiling: Profiling, run_dir: Path) -> list[Sink]:

@@ -41,6 +41,23 @@ class StopSignals:
         self.noted = self.noted or signal.Signals(number).name
 
 
+def ignore_stop_signals() -> None:
+    """In a process that serves another one, which is asked to stop and ends it when it is done."""
+    for number in (*STOP_SIGNALS, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def end_with(parent: int) -> None:
+    """From here on the kernel kills this process when its parent, or the thread of it that started
+    this process, ends, however that happens. Only Linux can do it."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def end_with_launcher() -> None:
     """From here on the kernel kills this process when its launcher ends, however that happens.
 
@@ -51,8 +68,7 @@ def end_with_launcher() -> None:
     if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     launcher = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with(launcher)
     # As the first process of a container the launcher takes all others along by itself.
-    orphan = launcher == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes()
-    if orphan or os.getppid() != launcher:
+    if launcher == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes():
         os._exit(1)

@@ -16,9 +16,10 @@ class RowCost:
     token: float
     pair: float
 
-    def of(self, lengths: Sequence[int], seq_len: int) -> float:
-        """lengths: of the documents in the row."""
-        return self.token * seq_len + self.pair * sum(n * (n + 1) // 2 for n in lengths)
+    def of_rows(self, lengths: Sequence[Sequence[int]], seq_len: int) -> list[float]:
+        """lengths: of the documents in each row."""
+        pairs = (sum(n * (n + 1) // 2 for n in row) for row in lengths)
+        return [self.token * seq_len + self.pair * seen for seen in pairs]
 
 
 def spread(costs: Sequence[float], *, ranks: int, size: int) -> list[int]:

@@ -96,10 +96,9 @@ class Data:
     def locate(self, rows: Sequence[RowId], seq_len: int) -> list[Located]:
         return [(id_, self.rows(id_.source, seq_len).where(id_.epoch, id_.row)) for id_ in rows]
 
-    def lengths(self, row: Located, seq_len: int) -> list[int]:
-        """Of the documents in a row."""
-        id_, where = row
-        return self.rows(id_.source, seq_len).lengths(where)
+    def lengths(self, located: Sequence[Located], seq_len: int) -> list[list[int]]:
+        """Of the documents in each row."""
+        return [self.rows(id_.source, seq_len).lengths(where) for id_, where in located]
 
     def eval_batches(
         self, *, micro_batch_size: int, rank: int = 0, ranks: int = 1, split: Split = "eval"

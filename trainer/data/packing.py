@@ -52,7 +52,9 @@ def cut(lengths: Array, seq_len: int) -> tuple[Array, Array, Array]:
 def _expand(counts: Array) -> tuple[Array, Array]:
     """(owner, place among the owner's pieces) of counts[i] pieces of each owner i."""
     owner = np.repeat(np.arange(len(counts)), counts)
-    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    within = np.arange(len(owner))
+    within -= np.repeat(np.cumsum(counts) - counts, counts)
+    return owner, within
 
 
 class _OpenRows:

@@ -36,6 +36,10 @@ class RopeSetting:
             if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}; allowed: above 0, or null")
 
+    def __str__(self) -> str:
+        told = [f"rope {name} {value:g}" for name, value in asdict(self).items() if value]
+        return ", ".join(told) or "rope of the mixers"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -49,13 +53,16 @@ class Stage:
 
     def facts(self) -> dict[str, Any]:
         """What its steps follow from beside the sources; JSON."""
-        total = sum(self.weights.values())
         return {
             "seq_len": self.seq_len,
             "batch_size": self.batch_size,
-            "weights": {name: self.weights[name] / total for name in self.sources()},
+            "weights": {name: self.share(name) for name in self.sources()},
             "rope": asdict(self.rope),
         }
+
+    def share(self, source: str) -> float:
+        """Of its rows."""
+        return self.weights[source] / sum(self.weights.values())
 
     def sources(self) -> list[str]:
         """That it reads from."""
@@ -104,11 +111,12 @@ def _counts(weights: Sequence[float]) -> list[int]:
     total = math.fsum(weights)
     shares = [Fraction(w / total).limit_denominator(LONGEST_PATTERN) for w in weights]
     period = math.lcm(*(share.denominator for share in shares))
-    if sum(shares) == 1 and period <= LONGEST_PATTERN:
+    exact = sum(shares) == 1 and period <= LONGEST_PATTERN
+    if exact and all(share or not w for share, w in zip(shares, weights, strict=True)):
         return [int(share * period) for share in shares]
-    exact = [w / total * LONGEST_PATTERN for w in weights]
-    counts = [max(math.floor(x), x > 0) for x in exact]
-    by_rest = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
+    wanted = [w / total * LONGEST_PATTERN for w in weights]
+    counts = [max(math.floor(x), int(x > 0)) for x in wanted]
+    by_rest = sorted(range(len(wanted)), key=lambda i: counts[i] - wanted[i])
     for i in by_rest[: max(0, LONGEST_PATTERN - sum(counts))]:
         counts[i] += 1
     return counts
@@ -129,11 +137,11 @@ class Steps:
         self._ends: dict[tuple[str, int], list[int]] = {}  # rows up to the end of each epoch
 
     def stage(self, cursor: int) -> Stage:
-        return self.stages[self._index(cursor)]
+        return self.stages[self.index(cursor)]
 
     def rows(self, cursor: int) -> list[RowId]:
         """batch_size rows of the stage."""
-        i = self._index(cursor)
+        i = self.index(cursor)
         stage, pattern = self.stages[i], self._patterns[i]
         first = (cursor - self.first[i]) * stage.batch_size
         dealt = [pattern.at(first + j) for j in range(stage.batch_size)]
@@ -150,7 +158,7 @@ class Steps:
 
     def epoch(self, cursor: int) -> int:
         """Passes over the source that has been read most often at the length of the stage."""
-        return max(row.epoch for row in self.next_rows(self._index(cursor), cursor))
+        return max(row.epoch for row in self.next_rows(self.index(cursor), cursor))
 
     def hash(self, cursor: int) -> str:
         """Of the plans that the stage behind `cursor` steps reads from."""
@@ -162,7 +170,7 @@ class Steps:
 
     def begun(self, cursor: int) -> list[Stage]:
         """Stages of which something has been read, or would be next; they may not change."""
-        return self.stages[: self._index(max(cursor - 1, 0)) + 1]
+        return self.stages[: self.index(max(cursor - 1, 0)) + 1]
 
     def facts(self, cursor: int) -> dict[str, Any]:
         """Of the stages that have begun, by the keys of the configuration."""
@@ -172,7 +180,8 @@ class Steps:
             facts |= flatten(stage.facts(), f"data.stages[{i}].")
         return facts
 
-    def _index(self, cursor: int) -> int:
+    def index(self, cursor: int) -> int:
+        """Of the stage that the step behind `cursor` steps belongs to."""
         return bisect_right(self.first, cursor) - 1
 
     def _taken(self, stage: int) -> NDArray[np.int64]:

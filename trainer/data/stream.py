@@ -83,7 +83,7 @@ class TrainStream:
         seq_len = steps.stage(cursor).seq_len
         rows = self.data.locate(steps.rows(cursor), seq_len)
         if self.cost is not None:
-            costs = [self.cost.of(self.data.lengths(row, seq_len), seq_len) for row in rows]
+            costs = self.cost.of_rows(self.data.lengths(rows, seq_len), seq_len)
             rows = [rows[i] for i in spread(costs, ranks=self.ranks, size=size)]
         share = len(rows) // self.ranks
         own = rows[self.rank * share : (self.rank + 1) * share]
@@ -142,4 +142,4 @@ def check_shares(stages: Sequence[Stage], micro_batch_size: int, ranks: int) -> 
 
 
 def _short(value: object) -> str:
-    return str(value)[:12]  # enough of a hash
+    return "none" if value is None else str(value)[:12]  # enough of a hash
