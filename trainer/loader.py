@@ -4,11 +4,9 @@ A loading process gets the pieces of its rows and no plan, and sends steps back 
 shared memory they would have to fit into /dev/shm, which in a container may be next to nothing.
 """
 
-import os
 import pickle
 import signal
 from collections.abc import Iterator, Mapping
-from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -22,7 +20,7 @@ from trainer.data.steps import RopeSetting
 from trainer.data.stream import Order, Stream, TrainStream
 from trainer.errors import ConfigError
 from trainer.sharder import Sharder
-from trainer.signals import STOP_SIGNALS, end_with, ignore_stop_signals
+from trainer.signals import STOP_SIGNALS, end_with_parent, ignore_stop_signals
 
 AHEAD = 2  # steps that each process has ready or in the making
 
@@ -87,8 +85,9 @@ class Loader:
             sampler=_Orders(stream),
             num_workers=self.workers,
             collate_fn=_as_it_is,
-            worker_init_fn=partial(_begin, os.getpid()),
-            multiprocessing_context="spawn",  # the threads of process groups do not survive a fork
+            worker_init_fn=_begin,
+            # The threads of process groups do not survive a fork; imports are done once this way.
+            multiprocessing_context="forkserver",
             prefetch_factor=AHEAD,
             generator=torch.Generator(),  # the default one belongs to the run
         )
@@ -129,10 +128,10 @@ class _Orders:
         return map(self._stream.order, count(self._stream.cursor))
 
 
-def _begin(parent: int, worker: int) -> None:
+def _begin(worker: int) -> None:
     """A loading process ends with the run, and not before."""
     ignore_stop_signals()
-    end_with(parent)
+    end_with_parent()
 
 
 def _as_it_is(sent: Any) -> Any:

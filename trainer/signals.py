@@ -1,9 +1,11 @@
 """What reaches a process from outside: signals that ask it to stop, and its launcher's death."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -48,14 +50,16 @@ def ignore_stop_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
-def end_with(parent: int) -> None:
-    """From here on the kernel kills this process when its parent, or the thread of it that started
-    this process, ends, however that happens. Only Linux can do it."""
-    if sys.platform != "linux":
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
+def end_with_parent() -> None:
+    """From here on this process ends when the one that asked multiprocessing for it has ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
         os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def end_with_launcher() -> None:
@@ -68,7 +72,8 @@ def end_with_launcher() -> None:
     if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     launcher = os.getppid()
-    end_with(launcher)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # As the first process of a container the launcher takes all others along by itself.
-    if launcher == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes():
+    orphan = launcher == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes()
+    if orphan or os.getppid() != launcher:
         os._exit(1)

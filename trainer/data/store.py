@@ -49,13 +49,17 @@ class TokenStore:
                 raise ValueError("tokens.bin or index.npy has not the length that meta.json says")
         except (OSError, EOFError, ValueError, KeyError) as error:
             raise ConfigError(f"token store {folder} is damaged, delete it: {error}") from error
-        self._names = folder / "names.jsonl"
+        self.folder, self._names = folder, folder / "names.jsonl"
         self.hash: str = meta["hash"]
         self.tokenizer: str = meta["tokenizer"]
         self.tokens: int = meta["tokens"]
         self.length_histogram: list[int] = meta["length_histogram"]
         self.lengths = self._index["length"].astype(np.int64)  # [documents], eos included
         self.digests = np.array(self._index["digest"])  # [documents] uint64, uniform
+
+    def __reduce__(self) -> tuple[type["TokenStore"], tuple[Path]]:
+        """Another process opens it anew, instead of being sent the tokens."""
+        return TokenStore, (self.folder,)
 
     def __len__(self) -> int:
         """Number of documents."""
