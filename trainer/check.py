@@ -18,7 +18,7 @@ from trainer.auto_parallel import resolve_parallel
 from trainer.build import build_learning_rate, build_model, share_sequences
 from trainer.checkpoint.weights import open_weights
 from trainer.construct import call, construct
-from trainer.data import build_data
+from trainer.data import build_data, check_counts
 from trainer.data.mixture import SOURCE_KEYS, build_corpus, section_path, source_sections
 from trainer.data.source import build_source
 from trainer.data.stages import build_stages
@@ -84,6 +84,7 @@ def _check_data(section: Config, files: bool) -> tuple[list[Stage], int]:
     """-> stages, and the tokenizer's number of ids; of files that are not looked at, the smallest
     there is."""
     call(build_data, section, "data", partial=True)
+    check_counts(**{key: section[key] for key in ("seed", "workers")})
     own = {key: section[key] for key in SOURCE_KEYS}
     sections, weights = source_sections(section["source"], section["sources"], own)
     sizes = {key: section[key] for key in ("seq_len", "batch_size")}

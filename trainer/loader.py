@@ -8,6 +8,7 @@ import pickle
 import signal
 from collections.abc import Iterator, Mapping
 from itertools import count
+from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
 
 import torch
@@ -93,6 +94,8 @@ class Loader:
         )
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
+            resource_tracker.ensure_running()  # which unblocks SIGTERM
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
             return iter(loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)

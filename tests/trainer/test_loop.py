@@ -88,7 +88,7 @@ def test_a_record_has_every_number(make):
     record = make().train_step()
     assert list(record) == [
         "step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "tflops_per_device",
-        "mfu", "peak_memory_gib", "seconds", "epoch",
+        "mfu", "peak_memory_gib", "seconds", "data_wait", "epoch",
     ]  # fmt: skip
     assert record["mfu"] is None and record["step"] == 1 and record["epoch"] == 0
     assert record["tokens_per_second"] == pytest.approx(record["tokens"] / record["seconds"])

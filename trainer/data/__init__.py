@@ -38,9 +38,7 @@ def build_data(
 
     Tokenizes on first use and may be called by all ranks at once, without a process group.
     """
-    for key, value in (("seed", seed), ("workers", workers)):
-        if value < 0:
-            raise ConfigError(f"data.{key}={value}: must be at least 0")
+    check_counts(seed=seed, workers=workers)
     own = {
         "path": path,
         "eval_fraction": eval_fraction,
@@ -68,3 +66,10 @@ def build_data(
         balance=balance,
         workers=workers,
     )
+
+
+def check_counts(**counts: int) -> None:
+    """Raises ConfigError for a key of the section `data` below 0."""
+    for key, value in counts.items():
+        if value < 0:
+            raise ConfigError(f"data.{key}={value}: must be at least 0")

@@ -16,10 +16,7 @@ Split = Literal["train", "eval", "all"]
 
 
 class Corpus:
-    """A store and how training reads it; `key` is where its keys are in the configuration.
-
-    Raises ConfigError naming the key whose value is not allowed.
-    """
+    """A store and how training reads it; `key` is where its keys are in the configuration."""
 
     def __init__(
         self,
@@ -32,8 +29,6 @@ class Corpus:
         long_documents: LongDocuments,
         key: str = "data",
     ) -> None:
-        if not 0 <= eval_fraction < 1:
-            raise ConfigError(f"{key}.eval_fraction={eval_fraction}: must be in [0, 1)")
         self.store, self.seed, self.eval_fraction, self.key = store, seed, eval_fraction, key
         self.packing, self.overlong, self.long_documents = packing, overlong, long_documents
         self._held_out = held_out(store.digests, eval_fraction)

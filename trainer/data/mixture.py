@@ -27,6 +27,7 @@ def source_sections(
     if source != "mixture":
         if sources is not None:
             raise ConfigError(f"data.sources={list(sources)}: data=mixture takes sources")
+        _check_fraction("data", own["eval_fraction"])
         return {"": {**own, "source": source}}, {"": 1.0}
     if own["path"] is not None:
         raise ConfigError(f"data.path={own['path']}: data=mixture takes data.sources.<name>.path")
@@ -44,7 +45,14 @@ def source_sections(
             raise ConfigError(f"{path}.weight={weight}: must be a number, at least 0")
         weights[name] = float(weight)
         sections[name] = {**own, **{key: x for key, x in keys.items() if key != "weight"}}
+        _check_fraction(path, sections[name]["eval_fraction"])
     return sections, weights
+
+
+def _check_fraction(path: str, held_out: object) -> None:
+    """What is no number is found by the constructor."""
+    if isinstance(held_out, int | float) and not 0 <= held_out < 1:
+        raise ConfigError(f"{path}.eval_fraction={held_out}: must be in [0, 1)")
 
 
 def section_path(name: str) -> str:

@@ -17,7 +17,7 @@ def config(name, *overrides):
     return OmegaConf.to_container(composed, resolve=True)["data"]
 
 
-@pytest.mark.parametrize("name", ["stdlib", "files"])
+@pytest.mark.parametrize("name", ["stdlib", "files", "mixture"])
 def test_config_has_the_keywords_of_build_data(name):
     keywords = config(name)
     assert keywords.keys() == inspect.signature(build_data).parameters.keys()
