@@ -17,6 +17,7 @@ from models.moe import Router
 from models.norm import RMSNorm
 from models.ops.select import Ops
 from models.residual import AttentionResidual, Residual, Stream, SumResidual
+from models.rope import Rope
 from models.sequence import SequenceInfo
 
 
@@ -139,6 +140,12 @@ class HybridLM(nn.Module):
 
     def routers(self) -> list[Router]:
         return [module for module in self.modules() if isinstance(module, Router)]
+
+    def set_rope(self, *, base: float | None = None, factor: float | None = None) -> None:
+        """Of all rotary layers, for what follows; None: as each was made with."""
+        for module in self.modules():
+            if isinstance(module, Rope):
+                module.set(base=base, factor=factor)
 
     def flops_per_token(self, context: float) -> float:
         """Forward FLOPs, head included, of a token that sees `context` tokens with itself."""

@@ -48,7 +48,7 @@ def resolve_parallel(
     setting = Setting(
         ranks=ranks,
         node=int(environ.get("LOCAL_WORLD_SIZE", 1)),
-        tokens=settings.micro_batch_size * config["data"]["seq_len"] // ranks,
+        tokens=settings.micro_batch_size * _longest(config["data"]) // ranks,
         size=_activation_size(settings),
         scan_ranks=stated.scan_ranks,
         ulysses=None if "ulysses" in left else stated.ulysses,
@@ -58,6 +58,12 @@ def resolve_parallel(
     shared = ranks > 1
     lines = [f"{op}={why}" for op, why in decision.reasons.items() if shared and op in left]
     return section, lines
+
+
+def _longest(data: Config) -> int:
+    """Row of all stages."""
+    stages = data["stages"] or [{}]
+    return max(stage.get("seq_len", data["seq_len"]) for stage in stages)
 
 
 def _shapes(config: Config) -> set[Shape]:

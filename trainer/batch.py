@@ -66,12 +66,7 @@ class Batch:
 
     def documents(self) -> list[Fragment]:
         """Documents and padding of all rows, one row behind the other in one packed sequence."""
-        _, seq = self.info.shape
-        return [
-            replace(fragment, index=row * seq + fragment.index)
-            for row, fragments in enumerate(self.info.fragments)
-            for fragment in fragments
-        ]
+        return one_sequence(self.info)
 
     def shard(self, layout: TokenLayout, rank: int, *, pad_id: int) -> "Batch":
         """The one row that a context rank holds under a layout of `documents()`."""
@@ -97,3 +92,13 @@ class Batch:
             labels=self.labels.to(device, non_blocking=True),
             info=self.info.to(device),
         )
+
+
+def one_sequence(info: SequenceInfo) -> list[Fragment]:
+    """The fragments of all rows, one row behind the other."""
+    _, seq = info.shape
+    return [
+        replace(fragment, index=row * seq + fragment.index)
+        for row, fragments in enumerate(info.fragments)
+        for fragment in fragments
+    ]

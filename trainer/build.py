@@ -8,7 +8,7 @@ import copy
 import functools
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,15 @@ from trainer.checkpoint.store import CheckpointStore
 from trainer.checkpoint.weights import load_weights
 from trainer.console import Console, header
 from trainer.construct import call, construct
-from trainer.data import build_data, build_stream
+from trainer.data import Data, DocumentStream, Stream, StreamedData, TrainStream, build_data
+from trainer.data.balance import RowCost
+from trainer.data.report import describe
+from trainer.data.steps import Stage
 from trainer.engine import Engine, verify_gradient_factor
 from trainer.errors import ConfigError, naming
 from trainer.guard import Guard, Spike
 from trainer.heap import keep_heap
+from trainer.loader import Loader
 from trainer.loop import Sink, Trainer
 from trainer.loss import LanguageModelLoss
 from trainer.metrics import MetricsFile, TensorBoard, Wandb, peak_flops
@@ -180,19 +184,19 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
     }
     data = call(build_data, config["data"], "data")
     check_agreement(config, data.identity(), mesh)
-    stream = build_stream(data, **share)
     ops = build_ops(config["ops"], mesh.device, numerics.products)
     vocab_size = data.tokenizer.vocab_size
     model = build_model(config["model"], config["mixer"], vocab_size=vocab_size, ops=ops)
     blueprint = copy.deepcopy(model)  # an engine may keep parameters in another shape
     engine = build_engine(model, config, settings, numerics, parallelism, mesh)
     sharder = build_sharder(model, parallelism, mesh, pad_id=data.tokenizer.pad_id)
+    check_lengths(data.stages, sharder)
+    stream = build_stream(data, blueprint, **share)
     trainer = Trainer(
         blueprint=blueprint,
         engine=engine,
         mesh=mesh,
-        stream=stream,
-        sharder=sharder,
+        loader=Loader(stream, sharder=sharder, workers=data.workers),
         store=build_store(saving, evaluation, mesh, run_dir),
         learning_rate=build_learning_rate(config),
         steps=settings.steps,
@@ -213,12 +217,40 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
         "numerics": numerics,
         "memory": engine.memory(),
     }
-    for line in header(config, blueprint, parallelism=parallelism, heap_kept=kept, **facts):
+    for line in header(
+        config, blueprint, data.stages, parallelism=parallelism, heap_kept=kept, **facts
+    ):
         log.info(line)
     start_from(trainer, config)
+    if mesh.main and isinstance(stream, TrainStream):
+        for line in describe(stream, row_cost(blueprint), sharder):
+            log.info(line)
     trainer.sinks = build_sinks(trainer, config, run_dir)
     trainer.sinks += build_profiler(trainer, profiling, run_dir)
     return trainer
+
+
+def row_cost(model: HybridLM) -> RowCost:
+    """FLOPs are affine in the tokens that a token sees, for every mixer."""
+    token = model.flops_per_token(0)
+    return RowCost(token=token, pair=model.flops_per_token(1) - token)
+
+
+def build_stream(data: Data | StreamedData, model: HybridLM, **share: int) -> Stream:
+    """The training rows of one data rank; share: micro_batch_size, rank and ranks."""
+    if isinstance(data, StreamedData):
+        return DocumentStream(data, **share)
+    return TrainStream(data, cost=row_cost(model) if data.balance else None, **share)
+
+
+def check_lengths(stages: Sequence[Stage], sharder: Sharder | None) -> None:
+    """Raises ConfigError for rows that mixers cannot share among ranks without padding."""
+    for seq_len in dict.fromkeys(stage.seq_len for stage in stages):
+        if sharder is not None and seq_len % sharder.multiple:
+            raise ConfigError(
+                f"data.seq_len={seq_len}: with parallel.cp={sharder.ranks} it must be a multiple "
+                f"of {sharder.multiple}, the block of a mixer"
+            )
 
 
 def build_profiler(trainer: Trainer, profiling: Profiling, run_dir: Path) -> list[Sink]:

@@ -18,9 +18,11 @@ from trainer.auto_parallel import resolve_parallel
 from trainer.build import build_learning_rate, build_model, share_sequences
 from trainer.checkpoint.weights import open_weights
 from trainer.construct import call, construct
-from trainer.data import build_data
-from trainer.data.dataset import check_values
+from trainer.data import build_data, check_counts
+from trainer.data.mixture import SOURCE_KEYS, build_corpus, section_path, source_sections
 from trainer.data.opening import PLACE, locate
+from trainer.data.stages import build_stages
+from trainer.data.steps import Stage
 from trainer.data.stream import check_shares
 from trainer.data.tokenizer import build_tokenizer
 from trainer.errors import ConfigError, naming
@@ -40,8 +42,8 @@ def check_run(config: Config, *, nodes: int, node_ranks: int, files: bool) -> No
     for section, kind in (("checkpoint", Saving), ("eval", Evaluation), ("logging", Logging)):
         call(kind, config[section], section)
     mesh, parallelism = _planned_mesh(config, nodes * node_ranks, node_ranks)
-    vocab_size = _check_data(config["data"], files)
-    check_shares(config["data"]["batch_size"], settings.micro_batch_size, mesh.data_ranks)
+    stages, vocab_size = _check_data(config["data"], files)
+    check_shares(stages, settings.micro_batch_size, mesh.data_ranks)
     model = build_model(config["model"], config["mixer"], vocab_size=vocab_size, ops=Ops())
     share_sequences(model, parallelism, mesh)
     construct(config["optim"], "optim", model=model)
@@ -78,13 +80,20 @@ def _axis(ranks: int) -> Axis:
     return Axis(cast(dist.ProcessGroup, None), 0, ranks, Traffic())
 
 
-def _check_data(section: Config, files: bool) -> int:
-    """-> the tokenizer's number of ids; of files that are not looked at, the smallest there is."""
+def _check_data(section: Config, files: bool) -> tuple[list[Stage], int]:
+    """-> stages, and the tokenizer's number of ids; of files that are not looked at, the smallest
+    there is."""
     call(build_data, section, "data", partial=True)
-    own = ("seq_len", "batch_size", "seed", "eval_fraction", "overlong")
-    check_values(**{key: section[key] for key in own})
-    if files:
-        locate(**{key: section[key] for key in PLACE})
-    elif section["tokenizer"] != "bytes":
-        return 1
-    return build_tokenizer(section["tokenizer"]).vocab_size
+    check_counts(**{key: section[key] for key in ("seed", "workers")})
+    own = {key: section[key] for key in SOURCE_KEYS}
+    sections, weights = source_sections(section["source"], section["sources"], own)
+    sizes = {key: section[key] for key in ("seq_len", "batch_size")}
+    stages = build_stages(section["stages"], **sizes, weights=weights)
+    for name, keys in sections.items():
+        unread = {"name": name, "tokenizer": None, "seed": 0, "cache_dir": None, "way": None}
+        call(build_corpus, keys, section_path(name), partial=True, **unread)
+        if files:
+            locate(**{key: keys[key] for key in PLACE}, streaming=section["streaming"])
+    if not files and section["tokenizer"] != "bytes":
+        return stages, 1
+    return stages, build_tokenizer(section["tokenizer"]).vocab_size

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -11,6 +11,7 @@ from tqdm import tqdm
 from models.hybrid import HybridLM
 from models.ops.select import Ops
 from parallel.mesh import Mesh
+from trainer.data.steps import RopeSetting, Stage
 from trainer.engine import Memory
 from trainer.metrics import Record
 from trainer.settings import Numerics, Parallelism
@@ -61,6 +62,7 @@ def _add(handler: logging.Handler, pattern: str) -> None:
 def header(
     config: Mapping[str, Any],
     model: HybridLM,
+    stages: Sequence[Stage],
     *,
     mesh: Mesh,
     ops: Ops,
@@ -71,8 +73,7 @@ def header(
 ) -> list[str]:
     """What the run is made of."""
     total = sum(parameter.numel() for parameter in model.parameters())
-    rows, seq_len = config["data"]["batch_size"], config["data"]["seq_len"]
-    passes = rows // (config["trainer"]["micro_batch_size"] * mesh.data_ranks)
+    together = config["trainer"]["micro_batch_size"] * mesh.data_ranks
     context = [] if mesh.context is None else [f"context {parallelism.describe()}"]
     state = sum(memory) / 2**30
     heap = "; freed memory stays in the process" if heap_kept else ""
@@ -82,11 +83,24 @@ def header(
         f"[{', '.join(config['model']['pattern'])}]",
         f"mesh    {mesh.describe()}, {numerics.precision}",
         *context,
-        f"tokens  {rows} rows x {seq_len:,} = {rows * seq_len:,} a step, "
-        f"{passes} micro-batches a rank",
+        *(f"tokens  {line}" for line in _tokens(stages, together)),
         f"ops     {ops.describe()}",
         f"memory  {state:.2f} GiB of parameters, gradients and optimiser state a rank{heap}",
     ]
+
+
+def _tokens(stages: Sequence[Stage], together: int) -> Iterator[str]:
+    """A line for each stage; together: rows of a micro-batch over all ranks."""
+    first = 0
+    for stage in stages:
+        rows, seq_len = stage.batch_size, stage.seq_len
+        behind = f"behind {first:,} steps " if first else ""
+        rope = "" if stage.rope == RopeSetting() else f", {stage.rope}"
+        yield (
+            f"{behind}{rows} rows x {seq_len:,} = {rows * seq_len:,} a step, "
+            f"{rows // together} micro-batches a rank{rope}"
+        )
+        first += stage.steps or 0
 
 
 class Console:

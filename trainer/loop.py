@@ -6,26 +6,26 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from models.hybrid import HybridLM
 from parallel.collectives import LostRankError, gather_objects, max_over_ranks, sum_over_ranks
-from parallel.layout import TokenLayout
 from parallel.mesh import Mesh
 from trainer.batch import Batch
 from trainer.checkpoint.store import CheckpointStore
-from trainer.data import DocumentStream, TrainStream
+from trainer.data.steps import RopeSetting
 from trainer.engine import Engine
 from trainer.errors import ConfigError, TrainingError
 from trainer.guard import Fault, Guard
+from trainer.loader import Loader, Prepared
 from trainer.metrics import Record, peak_memory_gib
-from trainer.sharder import Sharder, digest
+from trainer.sharder import digest
 from trainer.signals import StopSignals
 
 log = logging.getLogger(__name__)
@@ -37,15 +37,6 @@ class Sink(Protocol):
     def log(self, record: Record) -> None: ...
 
     def close(self) -> None: ...
-
-
-class _Prepared(NamedTuple):
-    """A step before it is taken."""
-
-    batches: list[Batch]
-    layouts: list[TokenLayout]
-    epoch: int
-    state: dict  # of the stream behind it
 
 
 @dataclass(kw_only=True)
@@ -60,8 +51,7 @@ class Trainer:
     blueprint: HybridLM  # on the meta device, for what shapes alone tell
     engine: Engine
     mesh: Mesh
-    stream: TrainStream | DocumentStream
-    sharder: Sharder | None = None  # where ranks share sequences
+    loader: Loader
     store: CheckpointStore
     learning_rate: Callable[[int], float]
     steps: int
@@ -81,8 +71,9 @@ class Trainer:
     beat: Callable[[int], None] = lambda step: None
     stopped_by: str | None = field(default=None, init=False)
     _reader: Executor = field(default_factory=lambda: ThreadPoolExecutor(1), init=False)
-    _ahead: Future[_Prepared] | None = field(default=None, init=False)
+    _ahead: Future[Prepared] | None = field(default=None, init=False)
     _read: dict | None = field(default=None, init=False)  # where the stream is behind this step
+    _rope: RopeSetting = field(default=RopeSetting(), init=False)  # of the last step
     _saved: int | None = field(default=0, init=False)  # the step on disk if it is as it is here
 
     def run(self) -> Path | None:
@@ -106,14 +97,15 @@ class Trainer:
                 self.save()
             self.beat(self.step)
             saved = self.store.finish()
-            if saved is not None and self.sharder is not None:
-                log.info(self.sharder.describe())
+            if saved is not None and self.loader.sharder is not None:
+                log.info(self.loader.sharder.describe())
         except LostRankError:  # which a save under way waits for too
             raise
         except BaseException:
             self.store.settle()
             raise
         finally:
+            self.loader.close()
             for sink in self.sinks:
                 sink.close()
         return saved
@@ -124,15 +116,17 @@ class Trainer:
         None if there was none: a signal asks to stop, or the run went back to a checkpoint.
         """
         start = time.perf_counter()
-        ahead = self._ahead or self._reader.submit(self._prepare)
-        batches, layouts, epoch, read = ahead.result()
+        ahead = self._ahead or self._reader.submit(self.loader.next)
+        batches, layouts, epoch, rope, read = ahead.result()
+        waited = time.perf_counter() - start
         self.beat(self.step)  # a rank whose storage does not answer is now behind the others
         labels, tokens, context, asked = self._count(batches, digest(layouts))
         if asked:
             self._heed()
             self._ahead = ahead
             return None
-        self._ahead, self._read = self._reader.submit(self._prepare), read
+        self._ahead, self._read = self._reader.submit(self.loader.next), read
+        self._set_rope(rope)
         local = self._accumulate(batches, labels)
         loss = float(sum_over_ranks(local.sum(), self.mesh.group)) / max(labels, 1)
         norm = self.engine.clip_grad_norm(self.grad_clip)
@@ -158,16 +152,24 @@ class Trainer:
             **self._speed(labels, tokens, context, seconds),
             "peak_memory_gib": peak_memory_gib(self.mesh.device),
             "seconds": seconds,
+            "data_wait": waited / seconds,
             "epoch": epoch,
         }
         if fault is not None:
             record["skipped"] = True
-        if self.sharder is not None:
-            self.sharder.count(layouts)
+        if self.loader.sharder is not None:
+            self.loader.sharder.count(layouts)
         if self.mesh.context is not None:
             received = torch.tensor(self.mesh.context.traffic.take().total())
             record["comm_bytes"] = int(max_over_ranks(received, self.mesh.group))
         return record
+
+    def _set_rope(self, rope: RopeSetting) -> None:
+        """Of the stage; compiled layers are compiled anew where it changes."""
+        if rope != self._rope:
+            self.engine.model.set_rope(base=rope.base, factor=rope.factor)
+            log.info("step %d: %s", self.step + 1, rope)
+        self._rope = rope
 
     def _accumulate(self, batches: list[Batch], labels: int) -> Tensor:
         """[micro-batches], the loss sum of each."""
@@ -205,7 +207,7 @@ class Trainer:
             self.beat(self.step)
             if self._asked_to_stop():
                 return None
-            batch = batch if self.sharder is None else self.sharder(batch)
+            batch = batch if self.loader.sharder is None else self.loader.sharder(batch)
             total += self.engine.evaluate(batch.to(self.mesh.device))
             labels += batch.valid_labels
         if self.mesh.context is not None:
@@ -216,8 +218,12 @@ class Trainer:
     def save(self, *, eval_loss: float | None = None) -> None:
         """Starts a checkpoint of this step; `store.finish` tells whether it was published."""
         self.beat(self.step)
-        stream = self._read or self.stream.state()
-        progress = {"step": self.step, "stream": stream, "guard": self.guard.state()}
+        progress = {
+            "step": self.step,
+            "stream": self._read or self.loader.stream.state(),
+            "guard": self.guard.state(),
+            "rope": asdict(self._rope),
+        }
         facts: dict[str, Any] = {"progress": progress, "config": self.config}
         self.store.save(self.step, self.engine.state(), eval_loss=eval_loss, **facts)
         self._saved = self.step
@@ -230,21 +236,14 @@ class Trainer:
             self._ahead.result()  # moves the stream
         self._ahead, self._read = None, None
         progress = reader.progress
-        self.stream.restore(progress["stream"])  # first: names another tokenizer, not its shapes
+        self.loader.restore(progress["stream"])  # first: names another tokenizer, not its shapes
         reader.check(self.engine.state())
         self.engine.load(reader.fill)
         reader.restore_generators()
+        self._set_rope(RopeSetting(**progress.get("rope", {})))
         if "guard" in progress:  # older checkpoints have none
             self.guard.restore(progress["guard"])
         self.step = self._saved = progress["step"]
-
-    def _prepare(self) -> _Prepared:
-        """Reads the next step and plans its layouts, while the step before it computes."""
-        epoch, batches = self.stream.epoch, self.stream.next_step()
-        layouts: list[TokenLayout] = []
-        if self.sharder is not None:
-            batches, layouts = self.sharder.step(batches)
-        return _Prepared(batches, layouts, epoch, self.stream.state())
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -334,7 +333,7 @@ class Trainer:
             )
         self.load(checkpoint)
         assert read is not None
-        self.stream.restore(read)
+        self.loader.restore(read)
         self._read, self.guard.rollbacks = read, rollbacks
         self._saved = None  # its data goes on elsewhere
         if self.mesh.context is not None:

@@ -1,8 +1,9 @@
 """What may change when a run goes on, and what may not.
 
 Steps, engine, parallelism, micro-batches, optimiser settings, checkpoint, logging and evaluation
-may. What decides the weights' shape or the stream of data may not. Of the data only the numbers
-are compared here: the stream itself knows tokenizer and documents by content, wherever they lie.
+may. What decides the weights' shape or the stream of data may not. The data is compared by the
+stream itself, which knows tokenizer and documents by content, wherever they lie: of its stages
+those that have begun may not change, but for how long the one under way lasts; those to come may.
 """
 
 from collections.abc import Mapping
@@ -10,8 +11,6 @@ from typing import Any
 
 from trainer.agreement import flatten
 from trainer.errors import ConfigError
-
-_FIXED = ("data.seq_len", "data.batch_size", "trainer.seed")
 
 
 def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
@@ -32,8 +31,4 @@ def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
         "model": {k: v for k, v in model.items() if k != "name"},
         "mixer": {name: mixers[name] for name in model["pattern"]},
     }
-    flat = flatten(sections)
-    for key in _FIXED:
-        section, name = key.split(".")
-        flat[key] = config[section][name]
-    return flat
+    return flatten(sections) | {"trainer.seed": config["trainer"]["seed"]}

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from models.sequence import Fragment
 from parallel.layout import LayoutReport, Strategy, TokenLayout, plan_layout
 from trainer.batch import Batch
 
@@ -32,8 +33,12 @@ class Sharder:
         return batch.shard(self.plan(batch), self.rank, pad_id=self.pad_id)
 
     def plan(self, batch: Batch) -> TokenLayout:
+        return self.plan_documents(batch.documents())
+
+    def plan_documents(self, documents: Sequence[Fragment]) -> TokenLayout:
+        """documents: of a batch as one sequence."""
         return plan_layout(
-            batch.documents(),
+            documents,
             ranks=self.ranks,
             strategy=self.strategy,
             multiple=self.multiple,

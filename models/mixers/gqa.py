@@ -29,6 +29,7 @@ class GroupedQueryAttention(Mixer):
         num_kv_heads: int,
         head_dim: int,
         rope_base: float | None = 10_000.0,
+        rope_factor: float = 1.0,
         qk_norm: bool = False,
         output_gate: bool = False,
         norm_eps: float = 1e-5,
@@ -46,7 +47,9 @@ class GroupedQueryAttention(Mixer):
         self.k_norm = RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
         self.gate_proj = nn.Linear(d_model, inner, bias=False) if output_gate else None
         self.out_proj = nn.Linear(inner, d_model, bias=False)
-        self.rope = None if rope_base is None else Rope(head_dim, base=rope_base)
+        self.rope = (
+            None if rope_base is None else Rope(head_dim, base=rope_base, factor=rope_factor)
+        )
         self.attention = ops.softmax()
 
     def forward(self, x: Tensor, info: SequenceInfo, cache: Cache | None = None) -> Tensor:

@@ -35,6 +35,7 @@ class MultiHeadLatentAttention(Mixer):
         v_dim: int,
         q_rank: int | None = None,
         rope_base: float | None = None,
+        rope_factor: float = 1.0,
         output_gate: bool = False,
         norm_eps: float = 1e-6,  # of the latent norms; the released models differ here from 1e-5
     ) -> None:
@@ -56,7 +57,9 @@ class MultiHeadLatentAttention(Mixer):
         self.kv_up = nn.Linear(kv_rank, num_heads * (nope_dim + v_dim), bias=False)
         self.out_proj = nn.Linear(num_heads * v_dim, d_model, bias=False)
         self.gate_proj = nn.Linear(d_model, num_heads * v_dim, bias=False) if output_gate else None
-        self.rope = None if rope_base is None else Rope(rope_dim, base=rope_base)
+        self.rope = (
+            None if rope_base is None else Rope(rope_dim, base=rope_base, factor=rope_factor)
+        )
         self.attention = ops.latent()
 
     def forward(self, x: Tensor, info: SequenceInfo, cache: Cache | None = None) -> Tensor:

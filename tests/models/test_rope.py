@@ -43,6 +43,19 @@ def test_angles_are_wide_under_bf16():
     assert (got - expected).abs().max() <= 0.01 * expected.abs().max()
 
 
+def test_a_setting_holds_until_the_next_and_none_is_what_it_was_made_with():
+    info = INFOS["scattered"]
+    (x,) = random_tensors((*info.shape, 3, 8))
+    rope = Rope(8, base=500.0, factor=2.0)
+    for setting in ({"base": 7.0}, {"factor": 5.0}, {"base": 7.0, "factor": 5.0}, {}):
+        rope.set(**setting)
+        made = Rope(8, **{"base": 500.0, "factor": 2.0} | setting)
+        assert torch.equal(rope(x, info), made(x, info))
+    assert not rope.state_dict()
+
+
 def test_odd_dim_is_refused():
     with pytest.raises(ValueError, match="even head dim, got 7"):
         Rope(7)
+    with pytest.raises(ValueError, match="rope_factor is 0"):
+        Rope(8, factor=0)

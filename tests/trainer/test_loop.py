@@ -74,8 +74,8 @@ def test_compiling_changes_nothing(make, monkeypatch):
 
 def test_the_loss_is_the_mean_over_the_labels_of_the_step(make):
     trainer = make("trainer.precision=fp64")
-    batches = trainer.stream.next_step()
-    trainer.stream.restore(make().stream.state())
+    batches = trainer.loader.stream.next_step()
+    trainer.loader.stream.restore(make().loader.stream.state())
     with torch.no_grad():
         total = sum(float(trainer.engine.loss.token_losses(batch).sum()) for batch in batches)
     labels = sum(batch.valid_labels for batch in batches)
@@ -88,7 +88,7 @@ def test_a_record_has_every_number(make):
     record = make().train_step()
     assert list(record) == [
         "step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "tflops_per_device",
-        "mfu", "peak_memory_gib", "seconds", "epoch",
+        "mfu", "peak_memory_gib", "seconds", "data_wait", "epoch",
     ]  # fmt: skip
     assert record["mfu"] is None and record["step"] == 1 and record["epoch"] == 0
     assert record["tokens_per_second"] == pytest.approx(record["tokens"] / record["seconds"])
@@ -96,8 +96,8 @@ def test_a_record_has_every_number(make):
 
 def test_flops_count_documents_and_no_padding(make):
     trainer = make()
-    batches = trainer.stream.next_step()
-    trainer.stream.restore(make().stream.state())
+    batches = trainer.loader.stream.next_step()
+    trainer.loader.stream.restore(make().loader.stream.state())
     valid = torch.cat([batch.info.valid.flatten() for batch in batches])
     seen = torch.cat([batch.info.positions.flatten() for batch in batches])[valid] + 1
     flops = 3 * len(seen) * trainer.blueprint.flops_per_token(float(seen.double().mean()))
@@ -122,8 +122,8 @@ def test_router_biases_follow_the_load_once_per_step(make):
             counted.append(c.clone()),
             update(c, rate),
         )
-    batches = trainer.stream.next_step()
-    trainer.stream.restore(make().stream.state())
+    batches = trainer.loader.stream.next_step()
+    trainer.loader.stream.restore(make().loader.stream.state())
     trainer.train_step()
     routed = 2 * sum(int(batch.info.valid.sum()) for batch in batches)  # top_k = 2
     assert [int(counts.sum()) for counts in counted] == [routed] * 3

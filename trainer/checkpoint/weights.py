@@ -5,7 +5,7 @@ safetensors files under our names, and tokenizer files if there are any.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from models.checkpoints.shards import ShardReader, has_shards
 from models.checkpoints.table import Shape, check_shapes, published_shapes
 from models.hybrid import HybridLM
 from trainer.checkpoint.manifest import MANIFEST, check_whole
+from trainer.checkpoint.reader import PROGRESS
 from trainer.checkpoint.shards import TensorReader
 from trainer.checkpoint.store import CheckpointStore
 from trainer.data.tokenizer import build_tokenizer
@@ -122,6 +123,7 @@ def _open_checkpoint(path: Path) -> WeightSource:
     }
     shapes = {name: tuple(entry.size) for name, entry in entries.items()}
     config = _read_config(path, shapes)
+    _set_rope(config["mixer"], _parse(path / PROGRESS, json.loads).get("rope", {}))
     tokenizer = _parse(path / "config.yaml", yaml.safe_load).get("data", {}).get("tokenizer")
 
     def get(name: str) -> Tensor:
@@ -144,6 +146,13 @@ def _read_config(folder: Path, shapes: dict[str, Shape]) -> Config:
     except KeyError as error:
         raise ValueError(f"{folder} is not a model of ours: it lacks {error}") from None
     return {"model": model, "mixer": mixer, "tokens": sections.get("tokens", {})}
+
+
+def _set_rope(mixers: Config, rope: Mapping[str, float | None]) -> None:
+    """Rotary layers are as the stage of the checkpoint had them, whatever they started with."""
+    for keys in mixers.values():
+        if keys.get("rope_base") is not None:
+            keys.update({f"rope_{key}": x for key, x in rope.items() if x is not None})
 
 
 def _parse(path: Path, parse: Callable[[str], Any]) -> Config:

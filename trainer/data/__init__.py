@@ -1,13 +1,19 @@
 """Data: documents, tokenized once into a store, packed into rows by a plan, streamed by step."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.construct import call
 from trainer.data.dataset import Data
-from trainer.data.opening import locate, open_documents
+from trainer.data.mixture import build_corpus, section_path, source_sections
+from trainer.data.opening import PLACE, locate
+from trainer.data.plan import Overlong, Packing
 from trainer.data.prepare import Way
+from trainer.data.source import Source
+from trainer.data.stages import build_stages
 from trainer.data.store import TokenStore
-from trainer.data.stream import TrainStream
+from trainer.data.stream import Stream, TrainStream
 from trainer.data.streaming import DocumentStream, StreamedData
 from trainer.data.tokenizer import Tokenizer, build_tokenizer
 from trainer.errors import ConfigError
@@ -15,11 +21,11 @@ from trainer.errors import ConfigError
 __all__ = [
     "Data",
     "DocumentStream",
+    "Stream",
     "StreamedData",
     "Tokenizer",
     "TrainStream",
     "build_data",
-    "build_stream",
     "build_tokenizer",
 ]
 
@@ -36,7 +42,13 @@ def build_data(
     batch_size: int,
     seed: int,
     eval_fraction: float,
-    overlong: str,
+    packing: Packing,
+    overlong: Overlong,
+    long_documents: Mapping[str, Any],
+    sources: Mapping[str, Any] | None,
+    stages: Sequence[Mapping[str, Any]] | None,
+    balance: bool,
+    workers: int,
     streaming: bool,
     window: int,
     eval_documents: int,
@@ -49,34 +61,85 @@ def build_data(
     Without streaming it tokenizes on first use; may be called by all ranks at once, without a
     process group.
     """
-    chosen = build_tokenizer(tokenizer)
-    where = {"path": path, "column": column, "subset": subset, "split": split}
-    place = locate(source=source, streaming=streaming, **where)
-    packing: dict[str, Any] = {
-        "tokenizer": chosen,
-        "seq_len": seq_len,
-        "batch_size": batch_size,
-        "seed": seed,
+    check_counts(seed=seed, workers=workers)
+    own = {
+        "path": path,
+        "column": column,
+        "subset": subset,
+        "split": split,
         "eval_fraction": eval_fraction,
+        "packing": packing,
         "overlong": overlong,
+        "long_documents": long_documents,
     }
+    sections, weights = source_sections(source, sources, own)
+    planned = build_stages(stages, seq_len=seq_len, batch_size=batch_size, weights=weights)
+    chosen = build_tokenizer(tokenizer)
     if streaming:
-        if isinstance(place, TokenStore):
+        planned_only = {
+            "sources": sources,
+            "stages": stages,
+            "packing": None if packing == "best_fit" else packing,
+            "long_documents.above": long_documents.get("above"),
+            "balance": balance or None,
+            "workers": workers or None,
+        }
+        check_unplanned(planned_only)
+        return StreamedData(
+            source=_documents(sections[""]),
+            tokenizer=chosen,
+            stage=planned[0],
+            seed=seed,
+            eval_fraction=eval_fraction,
+            eval_documents=eval_documents,
+            overlong=overlong,
+            window=window,
+        )
+    shared: dict[str, Any] = {
+        "tokenizer": chosen,
+        "seed": seed,
+        "cache_dir": Path(cache_dir).expanduser(),
+        "way": build_way(cache_workers, cache_wait_minutes),
+    }
+    return Data(
+        sources={
+            name: call(build_corpus, section, section_path(name), name=name, **shared)
+            for name, section in sections.items()
+        },
+        tokenizer=chosen,
+        stages=planned,
+        seq_len=seq_len,
+        seed=seed,
+        balance=balance,
+        workers=workers,
+    )
+
+
+def build_way(workers: int | None, wait_minutes: float) -> Way:
+    if workers is not None and workers < 1:
+        raise ConfigError(f"data.cache_workers={workers}: must be at least 1, or null")
+    return Way(workers=workers, wait_minutes=wait_minutes)
+
+
+def check_unplanned(settings: Mapping[str, object]) -> None:
+    """Raises ConfigError for a setting that only planned rows have."""
+    for key, value in settings.items():
+        if value is not None:
             raise ConfigError(
-                "data.streaming=true: data=store is tokenized already; allowed: false"
+                f"data.{key}={value}: data.streaming=true makes no plan of rows; allowed: what "
+                "conf/data/packing.yaml has, or data.streaming=false"
             )
-        return StreamedData(source=place, window=window, eval_documents=eval_documents, **packing)
-    if cache_workers is not None and cache_workers < 1:
-        raise ConfigError(f"data.cache_workers={cache_workers}: must be at least 1, or null")
-    way = Way(workers=cache_workers, wait_minutes=cache_wait_minutes)
-    folder = Path(cache_dir).expanduser()
-    store = open_documents(place, tokenizer=chosen, cache_dir=folder, way=way)
-    return Data(store=store, **packing)
 
 
-def build_stream(
-    data: Data | StreamedData, *, micro_batch_size: int, rank: int, ranks: int
-) -> TrainStream | DocumentStream:
-    """The training rows of one data rank."""
-    kind: Any = DocumentStream if isinstance(data, StreamedData) else TrainStream
-    return kind(data, micro_batch_size=micro_batch_size, rank=rank, ranks=ranks)
+def _documents(section: Mapping[str, Any]) -> Source:
+    place = locate(**{key: section[key] for key in PLACE}, streaming=True)
+    if isinstance(place, TokenStore):
+        raise ConfigError("data.streaming=true: data=store is tokenized already; allowed: false")
+    return place
+
+
+def check_counts(**counts: int) -> None:
+    """Raises ConfigError for a key of the section `data` below 0."""
+    for key, value in counts.items():
+        if value < 0:
+            raise ConfigError(f"data.{key}={value}: must be at least 0")

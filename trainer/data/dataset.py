@@ -1,158 +1,136 @@
-"""A token store with a split and a packing policy: rows by (epoch, row), evaluation by document."""
+"""What a run trains on and is evaluated on: sources of rows, the steps made of them, documents."""
 
-import logging
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.batch import IGNORE_INDEX, Batch, Run
-from trainer.data.plan import Piece, Plan, make_plan
+from trainer.batch import Batch
+from trainer.data.corpus import Corpus, PackedRows, Split
+from trainer.data.rows import Rows, RowSource
+from trainer.data.steps import RowId, Stage, Steps, interleave
 from trainer.data.store import TokenStore
 from trainer.data.tokenizer import Tokenizer
-from trainer.errors import ConfigError
 
-Split = Literal["train", "eval", "all"]
+NAMED_DOCUMENTS = 4  # of a batch, in an error message
 
-NAMES_IN_SOURCE = 4  # documents that an error message names
+Located = tuple[RowId, Any]  # a row, and where it lies by its `Rows`
 
-logger = logging.getLogger(__name__)
+
+class Reader:
+    """Rows to batches. It holds no plan, so that a loading process can have one too."""
+
+    def __init__(self, rows: Mapping[tuple[str, int], Rows], pad_id: int) -> None:
+        """rows: by source and sequence length."""
+        self._rows, self._pad_id = rows, pad_id
+
+    def batch(self, located: Sequence[Located], seq_len: int, kind: str = "") -> Batch:
+        """A row of padding stands in for none; kind: of the rows, for messages."""
+        runs, labels = [], []
+        names: dict[str, None] = {}
+        for (source, epoch, row), where in located:
+            rows = self._rows[source, seq_len]
+            runs.append(rows.read_at(where))
+            labels.append(f"{source} epoch {epoch} row {row}".lstrip())
+            if len(names) <= NAMED_DOCUMENTS:
+                names |= dict.fromkeys(rows.names(where))
+        told = ", ".join(list(names)[:NAMED_DOCUMENTS])
+        more = " and more" if len(names) > NAMED_DOCUMENTS else ""
+        return Batch.from_rows(
+            runs or [[]],
+            seq_len=seq_len,
+            pad_id=self._pad_id,
+            source=f"{kind}{', '.join(labels)}: {told}{more}",
+        )
 
 
 class Data:
-    """Rows of seq_len tokens for training, and each held-out document once for evaluation.
+    """Steps of training rows, and each held-out document once for evaluation.
 
-    Raises ConfigError naming the key whose value is not allowed.
+    sources: by name, that of an only one is empty; seq_len: of evaluation, and of stages that say
+    nothing else; balance, workers: how they are to be read. Raises ConfigError for rows that cannot
+    be made.
     """
 
     def __init__(
         self,
         *,
-        store: TokenStore,
+        sources: Mapping[str, RowSource],
         tokenizer: Tokenizer,
+        stages: Sequence[Stage],
         seq_len: int,
-        batch_size: int,
         seed: int,
-        eval_fraction: float,
-        overlong: str,
+        balance: bool = False,
+        workers: int = 0,
     ) -> None:
-        check_values(
-            seq_len=seq_len,
-            batch_size=batch_size,
-            seed=seed,
-            eval_fraction=eval_fraction,
-            overlong=overlong,
-        )
-        self.store, self.tokenizer = store, tokenizer
-        self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
-        self.eval_fraction, self.overlong = eval_fraction, overlong
-        self._held_out = held_out(store.digests, eval_fraction)
-        self._plans: dict[int, Plan] = {}
-        if not self.plan(0).rows:
-            raise ConfigError(
-                f"data.overlong=drop with data.seq_len={seq_len} leaves no document: the shortest "
-                f"has {store.lengths[self.documents('train')].min()} tokens"
-            )
-        held = int(self._held_out.sum())
-        logger.info("data: %d documents, %d held out; %s", len(store), held, self.plan(0))
+        self.sources, self.tokenizer = sources, tokenizer
+        self.seq_len, self.seed = seq_len, seed
+        self.balance, self.workers = balance, workers
+        self._rows = {
+            (name, length): source.rows(length)
+            for name, source in sources.items()
+            for length in dict.fromkeys(s.seq_len for s in stages if s.weights.get(name))
+        }
+        self.steps = Steps(stages, self.rows)
+        self.reader = Reader(self._rows, tokenizer.pad_id)
+
+    @property
+    def stages(self) -> list[Stage]:
+        return self.steps.stages
+
+    @property
+    def corpora(self) -> list[Corpus]:
+        """The sources that are documents."""
+        return [source for source in self.sources.values() if isinstance(source, Corpus)]
+
+    @property
+    def store(self) -> TokenStore:
+        """Of the first corpus."""
+        return self.corpora[0].store
 
     def documents(self, split: Split) -> NDArray[np.int64]:
-        """Indices of the store's documents in this split; "eval" may be empty."""
-        if split == "all":
-            return np.arange(len(self.store))
-        return np.flatnonzero(self._held_out == (split == "eval"))
+        """Indices of the documents in this split of `store`; "eval" may be empty."""
+        return self.corpora[0].documents(split)
 
-    def plan(self, epoch: int) -> Plan:
-        """Rows of the training split; this epoch's and the one before are kept."""
-        if epoch not in self._plans:
-            self._plans = {e: plan for e, plan in self._plans.items() if e == epoch - 1}
-            documents = self.documents("train")
-            self._plans[epoch] = make_plan(
-                documents,
-                self.store.lengths[documents],
-                seq_len=self.seq_len,
-                overlong=self.overlong,
-                shuffle=(self.seed, epoch),
-            )
-        return self._plans[epoch]
+    def rows(self, source: str, seq_len: int) -> Rows:
+        """Of a source at the length of one of the stages that read it."""
+        return self._rows[source, seq_len]
 
-    def rows_per_epoch(self, epoch: int) -> int:
-        return self.plan(epoch).rows
+    def locate(self, rows: Sequence[RowId], seq_len: int) -> list[Located]:
+        return [(id_, self.rows(id_.source, seq_len).where(id_.epoch, id_.row)) for id_ in rows]
 
-    def batch(self, rows: Sequence[tuple[int, int]]) -> Batch:
-        """Training rows, each an (epoch, row)."""
-        source = ", ".join(f"epoch {epoch} row {row}" for epoch, row in rows)
-        return self._batch([self.plan(epoch).row(row) for epoch, row in rows], source)
+    def lengths(self, located: Sequence[Located], seq_len: int) -> list[list[int]]:
+        """Of the documents in each row."""
+        return [self.rows(id_.source, seq_len).lengths(where) for id_, where in located]
 
     def eval_batches(
         self, *, micro_batch_size: int, rank: int = 0, ranks: int = 1, split: Split = "eval"
     ) -> Iterator[Batch]:
         """Each document of the split once, in pieces of at most seq_len tokens, nothing dropped.
 
-        A token with a successor is scored on one rank, once. All ranks get equally many batches,
-        so that each forward pass meets its peers; where rows run out, one of padding stands in.
+        Rows of several corpora come in turn, each in proportion. A token with a successor is scored
+        on one rank, once. All ranks get equally many batches, so that each forward pass meets its
+        peers; where rows run out, one of padding stands in.
         """
-        documents = self.documents(split)
-        plan = make_plan(documents, self.store.lengths[documents], seq_len=self.seq_len)
-        for first in range(0, plan.rows, ranks * micro_batch_size):
+        corpora = {name: s for name, s in self.sources.items() if isinstance(s, Corpus)}
+        names = list(corpora)
+        plans = [corpus.held_out_plan(split, self.seq_len) for corpus in corpora.values()]
+        owners, places = interleave(np.array([plan.rows for plan in plans], np.int64))
+        packed = {(n, self.seq_len): PackedRows(c, self.seq_len) for n, c in corpora.items()}
+        reader = Reader(packed, self.tokenizer.pad_id)
+        for first in range(0, len(places), ranks * micro_batch_size):
             start = first + rank * micro_batch_size
-            rows = range(start, min(start + micro_batch_size, plan.rows))
-            pieces = [plan.row(row) for row in rows] or [[]]
-            yield self._batch(pieces, f"evaluation, {len(rows)} rows from {start}")
+            part = slice(start, start + micro_batch_size)
+            rows = zip(owners[part].tolist(), places[part].tolist(), strict=True)
+            located = [(RowId(names[i], 0, row), plans[i].row(row)) for i, row in rows]
+            yield reader.batch(located, self.seq_len, kind="evaluation, ")
 
-    def identity(self) -> dict[str, str | int | float]:
-        """What the order of training rows follows from; a resumed run must have the same."""
-        return {
-            "data.tokenizer": self.tokenizer.fingerprint,
-            "token store": self.store.hash,
-            "data.seed": self.seed,
-            "data.seq_len": self.seq_len,
-            "data.batch_size": self.batch_size,
-            "data.overlong": self.overlong,
-            "data.eval_fraction": self.eval_fraction,
-        }
-
-    def _batch(self, rows: Sequence[Sequence[Piece]], where: str) -> Batch:
-        documents = dict.fromkeys(piece.document for row in rows for piece in row)
-        names = [self.store.name(document) for document in list(documents)[:NAMES_IN_SOURCE]]
-        more = len(documents) - len(names)
-        return Batch.from_rows(
-            [[self._run(piece) for piece in row] for row in rows],
-            seq_len=self.seq_len,
-            pad_id=self.tokenizer.pad_id,
-            source=f"{where}: {', '.join(names)}" + (f" and {more} more" if more else ""),
-        )
-
-    def _run(self, piece: Piece) -> Run:
-        """A piece that does not end its document is labelled by the token behind it."""
-        end = piece.start + piece.length
-        tokens = self.store.read(piece.document, piece.start, end + 1)
-        successor = int(tokens[-1]) if len(tokens) > piece.length else IGNORE_INDEX
-        return Run(tokens[: piece.length], successor)
-
-
-def check_values(
-    *, seq_len: int, batch_size: int, seed: int, eval_fraction: float, overlong: str
-) -> None:
-    """Raises ConfigError for what no documents could make right."""
-    for key, value, least in (
-        ("data.seq_len", seq_len, 1),
-        ("data.batch_size", batch_size, 1),
-        ("data.seed", seed, 0),
-    ):
-        if value < least:
-            raise ConfigError(f"{key}={value}: must be at least {least}")
-    if not 0 <= eval_fraction < 1:
-        raise ConfigError(f"data.eval_fraction={eval_fraction}: must be in [0, 1)")
-    if overlong not in ("split", "drop"):
-        raise ConfigError(f"data.overlong={overlong}: must be split or drop")
-
-
-def held_out(digests: NDArray[np.uint64], fraction: float) -> NDArray[np.bool_]:
-    """[documents]: chosen by content, so that copies of a document share a side.
-
-    If nothing were left to train on, nothing is held out.
-    """
-    chosen = (digests >> np.uint64(11)) * 2.0**-53 < fraction
-    return np.zeros_like(chosen) if chosen.all() else chosen
+    def identity(self, cursor: int | None = None) -> dict[str, Any]:
+        """What the first `cursor` steps follow from; all that are to come without one."""
+        last = self.steps.first[-1] + 1 if cursor is None else cursor
+        facts = {"data.tokenizer": self.tokenizer.fingerprint, "data.seed": self.seed}
+        for stage in self.steps.begun(last):
+            for name in stage.sources():
+                facts |= self.rows(name, stage.seq_len).identity()
+        return facts | self.steps.facts(last)

@@ -11,7 +11,7 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError, naming
 
 # Keys of conf/data that say where.
-PLACE = ("source", "path", "column", "subset", "split", "streaming")
+PLACE = ("source", "path", "column", "subset", "split")
 
 
 def locate(

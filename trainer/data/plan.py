@@ -1,20 +1,27 @@
 """Packing plan of one epoch: which piece of which document lies in which row.
 
-Best-fit packing without truncation, arXiv 2404.10830. A plan is a pure function of the document
-lengths, the seed, the epoch and the row length, so any rank can tell what any other reads.
+A plan is a pure function of the document lengths, the seed, the epoch and the row length, so any
+rank can tell what any other reads.
 """
 
-import bisect
 import hashlib
-from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.int64]
+from trainer.data.packing import Array, Pieces, pack_best_fit, pack_concat
+
+Packing = Literal["best_fit", "concat"]
+Overlong = Literal["split", "drop"]
+
+PACKERS: dict[str, Callable[[Array, int], Pieces]] = {
+    "best_fit": pack_best_fit,
+    "concat": pack_concat,
+}
 
 
 class Piece(NamedTuple):
@@ -23,16 +30,41 @@ class Piece(NamedTuple):
     length: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class LongDocuments:
+    """Documents of more than `above` tokens come `repeat` times an epoch; null: none does."""
+
+    above: int | None = None
+    repeat: int = 1
+
+    def __post_init__(self) -> None:
+        if self.repeat < 1:
+            raise ValueError(f"repeat is {self.repeat}; allowed: 1 or more")
+        if self.above is not None and self.above < 1:
+            raise ValueError(f"above is {self.above}; allowed: 1 or more, or null")
+
+    def times(self, lengths: Array) -> Array:
+        """[documents]: how often each comes in an epoch."""
+        if self.above is None:
+            return np.ones(len(lengths), np.int64)
+        return np.where(lengths > self.above, self.repeat, 1)
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Pieces in the order of rows; row i holds pieces bounds[i] to bounds[i + 1]."""
+    """Pieces in the order of rows; row i holds pieces bounds[i] to bounds[i + 1].
+
+    Of the documents counted, each copy counts.
+    """
 
     seq_len: int
     document: Array  # [pieces]
     start: Array  # [pieces]
     length: Array  # [pieces]
     bounds: Array  # [rows + 1]
-    split_documents: int
+    documents: int
+    cut_documents: int
+    cut_tokens: int  # in those
     dropped_documents: int
     dropped_tokens: int
 
@@ -42,7 +74,7 @@ class Plan:
 
     @cached_property
     def tokens(self) -> int:
-        return int(self.length.sum())
+        return int(self.length.sum(dtype=np.int64))
 
     @property
     def padding_share(self) -> float:
@@ -53,7 +85,7 @@ class Plan:
     def hash(self) -> str:
         digest = hashlib.sha256(str(self.seq_len).encode())
         for values in (self.document, self.start, self.length, self.bounds):
-            digest.update(values.tobytes())
+            digest.update(values.astype("<i8").tobytes())  # however they are kept
         return digest.hexdigest()
 
     def row(self, row: int) -> list[Piece]:
@@ -62,11 +94,15 @@ class Plan:
         return list(map(Piece, *columns))
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"{self.rows:,} rows of {self.seq_len:,} tokens, {self.padding_share:.2%} padding, "
-            f"{self.split_documents:,} documents split, {self.dropped_documents:,} dropped "
-            f"({self.dropped_tokens:,} tokens)"
+            f"{self.cut_documents:,} of {self.documents:,} documents cut "
+            f"({self.cut_tokens / max(1, self.tokens):.1%} of tokens)"
         )
+        if not self.dropped_documents:
+            return text
+        share = self.dropped_tokens / (self.tokens + self.dropped_tokens)
+        return f"{text}, {self.dropped_documents:,} dropped ({share:.1%} of all tokens)"
 
 
 def make_plan(
@@ -74,41 +110,50 @@ def make_plan(
     lengths: Array,
     *,
     seq_len: int,
-    overlong: str = "split",
+    packing: Packing = "best_fit",
+    overlong: Overlong = "split",
+    long_documents: LongDocuments | None = None,
     shuffle: tuple[int, int] | None = None,
 ) -> Plan:
     """Packs documents [n] of lengths [n] into rows of seq_len tokens.
 
-    overlong: a document above seq_len is cut every seq_len tokens ("split") or left out ("drop").
-    shuffle: (seed, epoch) that order documents and rows; None keeps the given order.
+    packing: see `trainer.data.packing`; overlong: a document above seq_len is cut ("split") or left
+    out ("drop"); shuffle: (seed, epoch) that order documents and rows; None keeps the given order.
     """
-    long = lengths > seq_len
-    dropped = long if overlong == "drop" else np.zeros_like(long)
-    kept_documents, kept_lengths = documents[~dropped], lengths[~dropped]
+    dropped = lengths > seq_len if overlong == "drop" else np.zeros(len(lengths), np.bool_)
+    lost = int(dropped.sum()), int(lengths[dropped].sum())
+    kept, kept_lengths = documents[~dropped], lengths[~dropped]
+    if long_documents is not None and long_documents.above is not None:
+        times = long_documents.times(kept_lengths)
+        kept, kept_lengths = np.repeat(kept, times), np.repeat(kept_lengths, times)
     if shuffle is not None:
-        order = permutation(len(kept_documents), (*shuffle, 0))
-        kept_documents, kept_lengths = kept_documents[order], kept_lengths[order]
-    owner, start, length = cut(kept_lengths, seq_len)
-    row = best_fit(length, seq_len)
+        order = permutation(len(kept), (*shuffle, 0))
+        kept, kept_lengths = kept[order], kept_lengths[order]
+        del order
+    owner, start, length, row = PACKERS[packing](kept_lengths, seq_len)
+    is_cut = np.bincount(owner, minlength=len(kept)) > 1
     pieces_of_row = np.bincount(row)
     if shuffle is not None:
         place = permutation(len(pieces_of_row), (*shuffle, 1))
         row = place[row]
         pieces_of_row[place] = pieces_of_row.copy()
     by_row = np.argsort(row, kind="stable")
+    del row
     return Plan(
         seq_len=seq_len,
-        document=kept_documents[owner[by_row]],
-        start=start[by_row],
-        length=length[by_row],
+        document=narrow(kept[owner[by_row]]),
+        start=narrow(start[by_row]),
+        length=narrow(length[by_row]),
         bounds=np.concatenate([[0], np.cumsum(pieces_of_row)]),
-        split_documents=int((long & ~dropped).sum()),
-        dropped_documents=int(dropped.sum()),
-        dropped_tokens=int(lengths[dropped].sum()),
+        documents=len(kept),
+        cut_documents=int(is_cut.sum()),
+        cut_tokens=int(kept_lengths[is_cut].sum()),
+        dropped_documents=lost[0],
+        dropped_tokens=lost[1],
     )
 
 
-def permutation(count: int, key: tuple[int, ...]) -> Array:
+def permutation(count: int, key: tuple[int, ...]) -> NDArray[np.int64]:
     """A random order of `count` things.
 
     Made from raw generator output: numpy keeps that stable over versions, unlike its shuffles.
@@ -117,69 +162,7 @@ def permutation(count: int, key: tuple[int, ...]) -> Array:
     return np.argsort(raw, kind="stable")
 
 
-def cut(lengths: Array, seq_len: int) -> tuple[Array, Array, Array]:
-    """(owner, start, length) of pieces of at most seq_len tokens; owner indexes `lengths`."""
-    counts = -(-lengths // seq_len)
-    owner = np.repeat(np.arange(len(lengths)), counts)
-    before = np.repeat(np.cumsum(counts) - counts, counts)
-    start = (np.arange(len(owner)) - before) * seq_len
-    return owner, start, np.minimum(seq_len, lengths[owner] - start)
-
-
-class _OpenRows:
-    """Rows that still have room, by how much."""
-
-    def __init__(self) -> None:
-        self._rooms: list[int] = []  # ascending
-        self._rows: dict[int, list[Array]] = defaultdict(list)
-
-    def put(self, room: int, rows: Array) -> None:
-        if room and len(rows):
-            if room not in self._rows:
-                bisect.insort(self._rooms, room)
-            self._rows[room].append(rows)
-
-    def tightest(self, size: int) -> int | None:
-        """The smallest room that is at least `size`."""
-        i = bisect.bisect_left(self._rooms, size)
-        return self._rooms[i] if i < len(self._rooms) else None
-
-    def take(self, room: int, count: int) -> Array:
-        """At most `count` rows of one room."""
-        rows = self._rows[room].pop()
-        if len(rows) > count:
-            self._rows[room].append(rows[count:])
-        if not self._rows[room]:
-            del self._rows[room], self._rooms[bisect.bisect_left(self._rooms, room)]
-        return rows[:count]
-
-
-def best_fit(lengths: Array, capacity: int) -> Array:
-    """[pieces] -> the row of each: longest piece first, each into the row it fills best.
-
-    Pieces of one length and rows of equal room are placed together. The tightest row takes
-    room // size pieces in turn and keeps room % size < room / 2, so a group of rows moves at most
-    log2(capacity) times: the Python loop runs over lengths that differ, not over pieces.
-    """
-    row_of = np.empty(len(lengths), np.int64)
-    order = np.argsort(-lengths, kind="stable")
-    open_rows, rows, placed = _OpenRows(), 0, 0
-    sizes, counts = np.unique(lengths, return_counts=True)
-    for size, count in zip(sizes[::-1].tolist(), counts[::-1].tolist(), strict=True):
-        end = placed + count
-        while placed < end:
-            room = open_rows.tightest(size)
-            fit = (room or capacity) // size
-            wanted = -(-(end - placed) // fit)
-            if room is None:
-                room, taken = capacity, np.arange(rows, rows + wanted)
-                rows += wanted
-            else:
-                taken = open_rows.take(room, wanted)
-            now = min(end - placed, fit * len(taken))
-            row_of[order[placed : placed + now]] = np.repeat(taken, fit)[:now]
-            full, rest = divmod(now, fit)
-            open_rows.put(room - fit * size, taken[:full])
-            open_rows.put(room - rest * size, taken[full:])
-            placed += now
-    return row_of
+def narrow(values: Array) -> Array:
+    """The same in four bytes each, if they fit."""
+    fits = not len(values) or int(values.max()) < 2**31
+    return values.astype(np.int32) if fits else values

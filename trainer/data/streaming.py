@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.batch import IGNORE_INDEX, Batch, Run
-from trainer.data.dataset import check_values
 from trainer.data.part import content_digest
 from trainer.data.plan import Piece, Plan, make_plan, permutation
 from trainer.data.source import Slice, Source
+from trainer.data.steps import RopeSetting, Stage
 from trainer.data.stream import check_same, check_shares
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
@@ -61,8 +61,9 @@ class Packed(NamedTuple):
 class StreamedData:
     """The documents of a source, each as often as the stream has gone over it.
 
-    window: rows that documents are packed in together; eval_documents: how many held-out ones are
-    evaluated, the first of the source. All held-out documents are left out of training.
+    stage: the only one, without end; window: rows that documents are packed in together;
+    eval_documents: how many held-out ones are evaluated, the first of the source. All held-out
+    documents are left out of training.
     """
 
     def __init__(
@@ -70,26 +71,20 @@ class StreamedData:
         *,
         source: Source,
         tokenizer: Tokenizer,
-        seq_len: int,
-        batch_size: int,
+        stage: Stage,
         seed: int,
         eval_fraction: float,
         eval_documents: int,
         overlong: str,
         window: int,
     ) -> None:
-        check_values(
-            seq_len=seq_len,
-            batch_size=batch_size,
-            seed=seed,
-            eval_fraction=eval_fraction,
-            overlong=overlong,
-        )
         for key, value, least in (("window", window, 1), ("eval_documents", eval_documents, 0)):
             if value < least:
                 raise ConfigError(f"data.{key}={value}: must be at least {least}")
         self.source, self.tokenizer = source, tokenizer
-        self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
+        self.stages, self.seed = [stage], seed
+        self.seq_len, self.batch_size = stage.seq_len, stage.batch_size
+        self.workers = 0  # every rank reads all there is, in one place after the other
         self.eval_fraction, self.eval_documents = eval_fraction, eval_documents
         self.overlong, self.window = overlong, window
         self.slices, self._outline = source.slices(), source.outline()
@@ -183,10 +178,12 @@ class DocumentStream:
     Its state is where the window of the next row starts, the window's number, and the row in it.
     """
 
+    rope = RopeSetting()
+
     def __init__(
         self, data: StreamedData, *, micro_batch_size: int, rank: int = 0, ranks: int = 1
     ) -> None:
-        check_shares(data.batch_size, micro_batch_size, ranks)
+        check_shares(data.stages, micro_batch_size, ranks)
         self.data = data
         self.micro_batch_size, self.rank, self.ranks = micro_batch_size, rank, ranks
         self._go_to(Position(), window=0, row=0)

@@ -3,6 +3,7 @@
 import numpy as np
 
 from trainer.data import build_data
+from trainer.data.steps import RowId
 
 LENGTHS = [1, 5, 9, 14, 3, 40, 8, 2, 6, 11, 4, 23, 7, 12, 16, 10, 19, 3, 5, 90]
 
@@ -28,7 +29,13 @@ def build(folder, **changes):
         "batch_size": 8,
         "seed": 0,
         "eval_fraction": 0.25,
+        "packing": "best_fit",
         "overlong": "split",
+        "long_documents": {"above": None, "repeat": 1},
+        "sources": None,
+        "stages": None,
+        "balance": False,
+        "workers": 0,
         "streaming": False,
         "window": 3,
         "eval_documents": 4,
@@ -37,3 +44,15 @@ def build(folder, **changes):
         "cache_wait_minutes": 1.0,
     }
     return build_data(**options | changes)
+
+
+def read(data, *rows, source="", seq_len=None):
+    """A batch of rows, each an (epoch, row)."""
+    seq_len = seq_len or data.seq_len
+    ids = [RowId(source, epoch, row) for epoch, row in rows]
+    return data.reader.batch(data.locate(ids, seq_len), seq_len)
+
+
+def packed(data, source="", seq_len=None):
+    """The rows of a source."""
+    return data.rows(source, seq_len or data.seq_len)

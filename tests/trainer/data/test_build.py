@@ -5,6 +5,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from tests.trainer.data.helpers import packed, read
 from trainer.data import build_data
 
 CONF = Path(__file__).parents[3] / "conf"
@@ -16,7 +17,7 @@ def config(name, *overrides):
     return OmegaConf.to_container(composed, resolve=True)["data"]
 
 
-@pytest.mark.parametrize("name", ["stdlib", "files", "jsonl", "parquet", "hf", "store"])
+@pytest.mark.parametrize("name", ["stdlib", "files", "jsonl", "parquet", "hf", "store", "mixture"])
 def test_config_has_the_keywords_of_build_data(name):
     keywords = config(name, "data.path=here")
     assert keywords.keys() == inspect.signature(build_data).parameters.keys()
@@ -26,10 +27,10 @@ def test_config_has_the_keywords_of_build_data(name):
 
 def test_default_configuration_reads_the_standard_library(tmp_path):
     data = build_data(**config("stdlib", f"data.cache_dir={tmp_path}"))
-    batch = data.batch([(0, row) for row in range(4)])
+    batch = read(data, *((0, row) for row in range(4)))
     assert batch.tokens.shape == (4, 2048)
     assert batch.valid_labels > 0.9 * batch.labels.numel()
     assert 0 < len(data.documents("eval")) < 0.1 * len(data.store)
-    assert data.plan(0).padding_share < 0.01
+    assert packed(data).plan(0).padding_share < 0.01
     document = next(i for i in range(len(data.store)) if data.store.name(i) == "json/decoder.py")
     assert "class JSONDecoder" in data.tokenizer.decode(data.store.read(document, 0, 10**6))

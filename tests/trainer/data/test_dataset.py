@@ -4,9 +4,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from tests.trainer.data.helpers import LENGTHS, build, write_documents
+from tests.trainer.data.helpers import LENGTHS, build, packed, read, write_documents
 from trainer.batch import IGNORE_INDEX
-from trainer.data.dataset import held_out
+from trainer.data.corpus import held_out
 from trainer.errors import ConfigError
 
 
@@ -34,8 +34,8 @@ def document_pairs(data, documents):
 def test_an_epoch_scores_every_token_with_a_successor_once(folder, seq_len):
     data = build(folder, seq_len=seq_len)
     pairs = Counter()
-    for row in range(data.rows_per_epoch(0)):
-        pairs += scored_pairs(data.batch([(0, row)]))
+    for row in range(packed(data).count(0)):
+        pairs += scored_pairs(read(data, (0, row)))
     assert pairs == document_pairs(data, data.documents("train"))
 
 
@@ -63,8 +63,10 @@ def test_evaluation_drops_no_long_document(folder):
 
 def test_rows_hold_documents_in_their_fragments_and_then_padding(folder):
     data = build(folder)
-    for row, pieces in ((row, data.plan(0).row(row)) for row in range(data.rows_per_epoch(0))):
-        batch = data.batch([(0, row)])
+    for row, pieces in (
+        (row, packed(data).plan(0).row(row)) for row in range(packed(data).count(0))
+    ):
+        batch = read(data, (0, row))
         (fragments,) = batch.info.fragments
         assert [f.length for f in fragments if not f.padding] == [p.length for p in pieces]
         assert (batch.tokens[~batch.info.valid] == data.tokenizer.pad_id).all()
@@ -73,9 +75,9 @@ def test_rows_hold_documents_in_their_fragments_and_then_padding(folder):
 
 def test_batch_names_rows_and_documents(folder):
     data = build(folder, seq_len=200)
-    source = data.batch([(2, 0)]).source
+    source = read(data, (2, 0)).source
     assert source.startswith("epoch 2 row 0: 0")
-    assert source.endswith(" more")
+    assert source.endswith(" and more")
     assert source.count(",") == 3
 
 
@@ -109,7 +111,7 @@ def test_held_out_share_follows_the_fraction():
 def test_something_is_left_to_train_on(tmp_path):
     write_documents(tmp_path / "text", [50])
     data = build(tmp_path, eval_fraction=0.9999999)
-    assert data.rows_per_epoch(0) == 4
+    assert packed(data).count(0) == 4
     assert not list(data.eval_batches(micro_batch_size=1))
     assert len(list(data.eval_batches(micro_batch_size=1, split="all"))) == 4
 
@@ -122,7 +124,7 @@ def test_something_is_left_to_train_on(tmp_path):
         ("seed", -1),
         ("eval_fraction", 1.0),
         ("eval_fraction", -0.1),
-        ("overlong", "cut"),
+        ("workers", -1),
     ],
 )
 def test_bad_values_name_their_key(folder, key, value):

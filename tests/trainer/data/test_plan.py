@@ -3,7 +3,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from trainer.data.plan import best_fit, make_plan, permutation
+from trainer.data.packing import best_fit
+from trainer.data.plan import LongDocuments, make_plan, permutation
 
 SEQ_LENS = [1, 2, 7, 64, 1000]
 
@@ -40,10 +41,11 @@ def test_best_fit_equals_its_definition(seed, capacity):
     assert sorted(filled) == sorted(expected)
 
 
+@pytest.mark.parametrize("packing", ["best_fit", "concat"])
 @pytest.mark.parametrize("shuffle", [None, (0, 0), (5, 3)])
 @pytest.mark.parametrize("seq_len", SEQ_LENS)
-def test_every_token_lies_in_one_row_and_no_row_overflows(seq_len, shuffle):
-    plan, lengths = packed(seq_len, shuffle=shuffle)
+def test_every_token_lies_in_one_row_and_no_row_overflows(seq_len, shuffle, packing):
+    plan, lengths = packed(seq_len, shuffle=shuffle, packing=packing)
     covered = Counter()
     for row in range(plan.rows):
         pieces = plan.row(row)
@@ -53,7 +55,11 @@ def test_every_token_lies_in_one_row_and_no_row_overflows(seq_len, shuffle):
             covered.update((document, start + i) for i in range(length))
     assert covered == Counter((3 * d, i) for d, n in enumerate(lengths) for i in range(n))
     assert plan.tokens == lengths.sum()
-    assert plan.split_documents == (lengths > seq_len).sum()
+    pieces = Counter(piece.document for row in range(plan.rows) for piece in plan.row(row))
+    cut = [document // 3 for document, count in pieces.items() if count > 1]
+    assert plan.cut_documents == len(cut) and plan.cut_tokens == lengths[cut].sum()
+    if packing == "best_fit":
+        assert plan.cut_documents == (lengths > seq_len).sum()
     assert plan.padding_share == pytest.approx(1 - lengths.sum() / (plan.rows * seq_len))
 
 
@@ -71,8 +77,40 @@ def test_drop_leaves_out_long_documents_and_counts_them():
     assert kept == set(np.flatnonzero(lengths <= 64).tolist())
     assert plan.dropped_documents == (lengths > 64).sum() > 0
     assert plan.dropped_tokens == lengths[lengths > 64].sum()
-    assert plan.split_documents == 0
+    assert plan.cut_documents == 0
     assert make_plan(np.arange(2), np.array([65, 70]), seq_len=64, overlong="drop").rows == 0
+
+
+@pytest.mark.parametrize("seq_len", SEQ_LENS)
+def test_concat_fills_every_row_but_one_and_keeps_neighbours_together(seq_len):
+    plan, lengths = packed(seq_len, shuffle=(0, 0), packing="concat")
+    filled = [sum(piece.length for piece in plan.row(row)) for row in range(plan.rows)]
+    assert sorted(filled)[1:] == [seq_len] * (plan.rows - 1)
+    assert plan.rows == -(-lengths.sum() // seq_len)
+    in_order, _ = packed(seq_len, packing="concat")
+    pieces = [piece for row in range(in_order.rows) for piece in in_order.row(row)]
+    assert pieces == sorted(pieces)
+
+
+def test_long_documents_come_several_times_an_epoch():
+    long = LongDocuments(above=50, repeat=3)
+    for packing in ("best_fit", "concat"):
+        plan, lengths = packed(64, shuffle=(0, 0), packing=packing, long_documents=long)
+        tokens = Counter()
+        for row in range(plan.rows):
+            for document, _, length in plan.row(row):
+                tokens[document // 3] += length
+        expected = {d: n * (3 if n > 50 else 1) for d, n in enumerate(lengths.tolist())}
+        assert tokens == expected
+        assert plan.documents == len(lengths) + 2 * (lengths > 50).sum()
+
+
+def test_plans_take_four_bytes_a_number_where_that_is_enough():
+    plan, _ = packed(64, shuffle=(0, 0))
+    assert {x.dtype.itemsize for x in (plan.document, plan.start, plan.length)} == {4}
+    long = make_plan(np.array([7]), np.array([2**31 + 5]), seq_len=2**30)
+    assert [(p.start, p.length) for row in range(3) for p in long.row(row)][-1] == (2**31, 5)
+    assert long.start.dtype.itemsize == 8
 
 
 def test_is_a_pure_function_of_seed_and_epoch():

@@ -141,9 +141,23 @@ def test_batches_name_their_documents(folder):
     assert batch.source.startswith("0") and batch.source.endswith(" and more")
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("window", 0), ("eval_documents", -1), ("seq_len", 0), ("overlong", "cut")]
-)
+@pytest.mark.parametrize(("key", "value"), [("window", 0), ("eval_documents", -1), ("seq_len", 0)])
 def test_bad_values_name_their_key(folder, key, value):
     with pytest.raises(ConfigError, match=rf"^data\.{key}={value}: must be "):
         streamed(folder, **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("packing", "concat"),
+        ("stages", [{"seq_len": 8}]),
+        ("balance", True),
+        ("workers", 2),
+        ("sources", {"a": {}}),
+    ],
+)
+def test_what_only_plans_have_is_refused(folder, key, value):
+    with pytest.raises(ConfigError, match=rf"^data\.{key}=") as error:
+        streamed(folder, **{key: value})
+    assert key == "sources" or "data.streaming=false" in str(error.value)

@@ -1,0 +1,53 @@
+"""Trains jobs one after the other, on the ranks of one launch or alone, and keeps what was read.
+
+torchrun -m this JOBS: a JSON list of (name, overrides). A job leaves <name>_<rank>.json in its
+run_dir: the place of the rank, its first step, and the rows of each micro-batch of each step.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from unittest import mock
+
+from tests.models.build import compose
+from trainer.batch import Batch
+from trainer.engine import Engine
+from trainer.loop import Trainer
+from trainer.main import train
+
+
+def run(name: str, overrides: list[str]) -> None:
+    config = compose(overrides)
+    first, data_rank = [], []
+    steps: list[list[str]] = []
+
+    def train_step(trainer, take=Trainer.train_step):
+        first.append(trainer.step + 1)
+        data_rank.append(trainer.mesh.data_rank)
+        steps.append([])
+        return take(trainer)
+
+    def accumulate(engine, batch, scale, *, last, take=Engine.accumulate):
+        if isinstance(batch, Batch):  # not the probe of the factor
+            steps[-1] += batch.source.partition(":")[0].split(", ")
+        return take(engine, batch, scale, last=last)
+
+    with (
+        mock.patch.object(Trainer, "train_step", train_step),
+        mock.patch.object(Engine, "accumulate", accumulate),
+    ):
+        train(config)
+    read = {"data_rank": data_rank[0], "first": first[0], "steps": steps}
+    file = f"{name}_{os.environ.get('RANK', 0)}.json"
+    Path(config["run_dir"], file).write_text(json.dumps(read))
+
+
+def main(jobs: Path) -> None:
+    for name, overrides in json.loads(jobs.read_text()):
+        run(name, overrides)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    os._exit(0)  # the threads of a process group can abort a process that Python winds up
