@@ -1,7 +1,10 @@
 """Data: documents, tokenized once into a store, packed into rows by a plan, streamed by step."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from trainer.construct import construct
 from trainer.data.dataset import Data
 from trainer.data.source import build_source
 from trainer.data.store import open_store
@@ -15,6 +18,8 @@ def build_data(
     *,
     source: str,
     path: str | None,
+    task: str | None,
+    options: Mapping[str, Any] | None,
     tokenizer: str,
     seq_len: int,
     batch_size: int,
@@ -37,4 +42,5 @@ def build_data(
         seed=seed,
         eval_fraction=eval_fraction,
         overlong=overlong,
+        task=None if options is None else construct(options, f"tasks.{task}"),
     )

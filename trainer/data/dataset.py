@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from trainer.batch import IGNORE_INDEX, Batch, Run
 from trainer.data.plan import Piece, Plan, make_plan
 from trainer.data.store import TokenStore
+from trainer.data.task_rows import ExampleTask, TaskRows
+from trainer.data.text import Text
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 
@@ -36,7 +38,9 @@ class Data:
         seed: int,
         eval_fraction: float,
         overlong: str,
+        task: ExampleTask | None = None,
     ) -> None:
+        """task: makes the rows for training, of the documents of that split."""
         check_values(
             seq_len=seq_len,
             batch_size=batch_size,
@@ -49,6 +53,11 @@ class Data:
         self.eval_fraction, self.overlong = eval_fraction, overlong
         self._held_out = held_out(store.digests, eval_fraction)
         self._plans: dict[int, Plan] = {}
+        self._task_rows: TaskRows | None = None
+        if task is not None:
+            self._task_rows = self._rows_of(task)
+            logger.info("data: rows of task %s, %d documents", task.name, len(store))
+            return
         if not self.plan(0).rows:
             raise ConfigError(
                 f"data.overlong=drop with data.seq_len={seq_len} leaves no document: the shortest "
@@ -78,11 +87,19 @@ class Data:
         return self._plans[epoch]
 
     def rows_per_epoch(self, epoch: int) -> int:
-        return self.plan(epoch).rows
+        return self.plan(epoch).rows if self._task_rows is None else self._task_rows.count(epoch)
+
+    def plan_hash(self, epoch: int) -> str:
+        return self.plan(epoch).hash if self._task_rows is None else self._task_rows.hash(epoch)
 
     def batch(self, rows: Sequence[tuple[int, int]]) -> Batch:
         """Training rows, each an (epoch, row)."""
         source = ", ".join(f"epoch {epoch} row {row}" for epoch, row in rows)
+        if self._task_rows is not None:
+            made = [self._task_rows.read(*row) for row in rows]
+            return Batch.from_rows(
+                made, seq_len=self.seq_len, pad_id=self.tokenizer.pad_id, source=source
+            )
         return self._batch([self.plan(epoch).row(row) for epoch, row in rows], source)
 
     def eval_batches(
@@ -103,6 +120,16 @@ class Data:
 
     def identity(self) -> dict[str, str | int | float]:
         """What the order of training rows follows from; a resumed run must have the same."""
+        return self._facts if self._task_rows is None else self._task_rows.identity()
+
+    def _rows_of(self, task: ExampleTask) -> TaskRows:
+        text = Text(self.store, self.tokenizer, self.documents("train"))
+        options = {f"tasks.{task.name}.{key}": str(x) for key, x in vars(task).items()}
+        facts = {**self._facts, "data.task": task.name, **options}
+        return TaskRows(task, text, seq_len=self.seq_len, seed=self.seed, identity=facts)
+
+    @property
+    def _facts(self) -> dict[str, str | int | float]:
         return {
             "data.tokenizer": self.tokenizer.fingerprint,
             "token store": self.store.hash,

@@ -37,7 +37,7 @@ class TrainStream:
     def state(self) -> dict:
         """JSON; the same on every rank."""
         return {
-            "plan": self.data.plan(self.epoch).hash,
+            "plan": self.data.plan_hash(self.epoch),
             "made_of": self.data.identity(),
             "epoch": self.epoch,
             "row": self._row,
@@ -53,7 +53,7 @@ class TrainStream:
         ]
         if differing:
             raise ConfigError(f"the data may not change on resume: {', '.join(differing)}")
-        if self.data.plan(state["epoch"]).hash != state["plan"]:
+        if self.data.plan_hash(state["epoch"]) != state["plan"]:
             raise ConfigError(
                 "the checkpoint's packing plan cannot be made again by this version of the program"
             )
