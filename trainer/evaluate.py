@@ -2,11 +2,13 @@
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from torch import Tensor
 
 from parallel.mesh import Mesh
 from trainer.agreement import check_agreement
@@ -16,11 +18,13 @@ from trainer.construct import call
 from trainer.data import build_data
 from trainer.data.dataset import Split
 from trainer.engine import Engine
+from trainer.engine.ddp import DDPEngine
 from trainer.errors import ConfigError, naming
 from trainer.evals.build import build_task
 from trainer.evals.scoring import Scorer
 from trainer.evals.suite import draw
 from trainer.evals.task import Bench, finite
+from trainer.generation import generate
 from trainer.load import tokenizer_of
 from trainer.settings import Numerics, Parallelism, Settings
 
@@ -74,6 +78,7 @@ def run_task(
         data=documents,
         micro_batch_size=settings.micro_batch_size,
         split=split,
+        write=writer(loaded),
     )
     result = made.run(bench)
     if output is not None and result.draw is not None and mesh.main:
@@ -110,6 +115,21 @@ def load_engine(
     with naming("checkpoint", checkpoint):
         load_weights(blueprint, path, assign=engine.assign)
     return engine
+
+
+def writer(engine: Engine) -> Callable[..., Iterator[Tensor]] | None:
+    """`trainer.generation.generate` on the engine's model; None where ranks share it, or its
+    sequences."""
+    if engine.mesh.context is not None or type(engine) is not DDPEngine:
+        return None
+    autocast, device = engine.numerics.autocast, engine.mesh.device
+
+    def write(prompt: Tensor, **options: Any) -> Iterator[Tensor]:
+        engine.model.eval()
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            yield from generate(engine.model, prompt.to(device), **options)
+
+    return write
 
 
 # Takes no step and keeps no moments; engines want one.

@@ -82,6 +82,7 @@ class Synthetic(ABC):
             for (length, depth), share in zip(grid, shares.flatten().tolist(), strict=True)
         ]
         figures = self._figures(cells, bench.data.seq_len)
+        told = told if len(self.depths) > 1 else []  # by length alone they are among the figures
         return Result(figures=figures, cells=told, draw=partial(self._draw, sizes, shares))
 
     def _figures(self, cells: NDArray[np.float64], seq_len: int) -> Figures:

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from parallel.collectives import sum_over_ranks
 from parallel.mesh import Mesh
@@ -39,6 +40,8 @@ class Bench:
     """A model to be scored, and documents.
 
     split: which ones; batches: how many micro-batches of whole documents a rank scores, None: all.
+    write: yields new tokens [1] behind a prompt [1, seq], where this rank alone can; see
+    `trainer.generation.generate`.
     """
 
     scorer: Scorer
@@ -47,6 +50,7 @@ class Bench:
     micro_batch_size: int
     split: Split = "eval"
     batches: int | None = None
+    write: Callable[..., Iterator[Tensor]] | None = None
 
     @cached_property
     def text(self) -> Text:
