@@ -20,6 +20,8 @@ def build(folder, **changes):
     options = {
         "source": "files",
         "path": str(folder / "text"),
+        "task": None,
+        "options": None,
         "tokenizer": "bytes",
         "seq_len": 16,
         "batch_size": 8,
