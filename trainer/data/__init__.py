@@ -9,7 +9,9 @@ from trainer.data.dataset import Data
 from trainer.data.source import build_source
 from trainer.data.store import open_store
 from trainer.data.stream import TrainStream
+from trainer.data.task_rows import ExampleTask
 from trainer.data.tokenizer import Tokenizer, build_tokenizer
+from trainer.errors import ConfigError
 
 __all__ = ["Data", "Tokenizer", "TrainStream", "build_data", "build_tokenizer"]
 
@@ -42,5 +44,17 @@ def build_data(
         seed=seed,
         eval_fraction=eval_fraction,
         overlong=overlong,
-        task=None if options is None else construct(options, f"tasks.{task}"),
+        task=build_example_task(task, options),
     )
+
+
+def build_example_task(task: str | None, options: Mapping[str, Any] | None) -> ExampleTask | None:
+    """What makes training rows, if not documents; options: the section `tasks.<task>`."""
+    if task is None:
+        return None
+    if options is None:
+        raise ConfigError(f"data.task={task}: allowed: null; data=task takes one")
+    made = construct(options, f"tasks.{task}")
+    if not isinstance(made, ExampleTask):
+        raise ConfigError(f"data.task={task}: has no examples; allowed: copy, kv, mqar, niah")
+    return made

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from numpy.random import Generator
 
@@ -15,6 +15,7 @@ ROWS = 2**20  # of an epoch; every epoch has rows of its own
 TRAINING = 1  # the first stream; evaluation takes another, see trainer.evals.synthetic
 
 
+@runtime_checkable
 class ExampleTask(Protocol):
     """What is needed of a task, e.g. `trainer.evals.synthetic.Synthetic`."""
 
