@@ -40,11 +40,12 @@ def draw_heat_map(
 ) -> None:
     """shares [rows, columns] from 0 to 1, in colours and numbers; rows: depths, columns: tokens."""
     figure, axes = _axes(max(4.0, 1.6 + 0.8 * len(columns)), max(2.4, 1.4 + 0.45 * len(rows)))
-    axes.imshow(shares, cmap="RdYlGn", vmin=0.0, vmax=1.0, aspect="auto")
+    axes.imshow(shares, cmap="RdYlBu", vmin=0.0, vmax=1.0, aspect="auto")
     axes.set_xticks(range(len(columns)), [f"{length:,}" for length in columns])
     axes.set_yticks(range(len(rows)), [f"{depth:.0%}" for depth in rows])
     for (i, j), share in np.ndenumerate(shares):
-        axes.text(j, i, f"{share:.0%}", ha="center", va="center", fontsize=8)
+        ink = "black" if 0.15 < share < 0.85 else "white"  # the ends of the colours are dark
+        axes.text(j, i, f"{share:.0%}", ha="center", va="center", fontsize=8, color=ink)
     axes.set(title=title, xlabel="tokens", ylabel="depth")
     _save(figure, path)
 
