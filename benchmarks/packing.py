@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from trainer.data.formats import build_source
 from trainer.data.packing import Array, Pieces, cut
 from trainer.data.plan import PACKERS, make_plan
-from trainer.data.source import build_source
-from trainer.data.store import open_store
+from trainer.data.prepare import Way, open_store
 from trainer.data.tokenizer import build_tokenizer
 from trainer.metrics import peak_memory_gib
 
@@ -47,7 +47,8 @@ def heavy_tailed(count: int) -> Array:
 
 def standard_library() -> Array:
     cache = Path("~/.cache/longhaul").expanduser()
-    return open_store(build_source("stdlib", None), build_tokenizer("bytes"), cache).lengths
+    source, tokenizer = build_source("stdlib", None), build_tokenizer("bytes")
+    return open_store(source, tokenizer, cache, Way()).lengths
 
 
 def measure(policy: str, seq_len: int, documents: int) -> str:

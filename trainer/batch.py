@@ -20,11 +20,20 @@ class Run(NamedTuple):
 
     tokens: NDArray[np.integer]
     successor: int = IGNORE_INDEX  # the token behind the last one, if the document goes on
+    labels: NDArray[np.integer] | None = None  # of each token, where not all next tokens count
+
+    def all_labels(self) -> NDArray[np.integer]:
+        """[tokens]: what is to be predicted from each, IGNORE_INDEX where nothing is."""
+        if self.labels is None:
+            return np.append(self.tokens[1:].astype(np.int64), self.successor)
+        if self.labels.shape != self.tokens.shape:
+            raise ValueError(f"{len(self.labels)} labels for {len(self.tokens)} tokens")
+        return self.labels
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Rows of packed documents; a label is the next token of the same document."""
+    """Rows of packed documents; a label is the next token of the same document, if it counts."""
 
     tokens: Tensor  # [batch, seq] int64
     labels: Tensor  # [batch, seq] int64, IGNORE_INDEX at document ends and on padding
@@ -39,7 +48,7 @@ class Batch:
         """Packs each row's runs from the left and pads it to seq_len; a row may have none.
 
         Runs do not see each other, even two of one document. Raises ValueError if a run is empty
-        or a row's runs hold more than seq_len tokens.
+        or has not a label a token, or a row's runs hold more than seq_len tokens.
         """
         tokens = np.full((len(rows), seq_len), pad_id, np.int64)
         labels = np.full((len(rows), seq_len), IGNORE_INDEX, np.int64)
@@ -51,8 +60,7 @@ class Batch:
                 if not filled < end <= seq_len:
                     raise ValueError(f"row {i}: a run from {filled} to {end} of {seq_len} tokens")
                 tokens[i, filled:end] = run.tokens
-                labels[i, filled : end - 1] = run.tokens[1:]
-                labels[i, end - 1] = run.successor
+                labels[i, filled:end] = run.all_labels()
                 filled = end
             padding.append(seq_len - filled)
         lengths = [[len(run.tokens) for run in row] for row in rows]

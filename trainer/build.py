@@ -37,6 +37,10 @@ from trainer.data.report import describe
 from trainer.data.steps import Stage
 from trainer.engine import Engine, verify_gradient_factor
 from trainer.errors import ConfigError, naming
+from trainer.evals.build import build_tasks
+from trainer.evals.scoring import Scorer
+from trainer.evals.suite import Suite
+from trainer.evals.task import Bench
 from trainer.guard import Guard, Spike
 from trainer.heap import keep_heap
 from trainer.loader import Loader
@@ -192,21 +196,31 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
     sharder = build_sharder(model, parallelism, mesh, pad_id=data.tokenizer.pad_id)
     check_lengths(data.stages, sharder)
     stream = build_stream(data, blueprint, **share)
+    suite = Suite(
+        tasks=build_tasks(evaluation.tasks, config["tasks"], planned=isinstance(data, Data)),
+        bench=Bench(
+            scorer=Scorer(engine.evaluate, mesh=mesh, sharder=sharder),
+            mesh=mesh,
+            data=data,
+            micro_batch_size=settings.micro_batch_size,
+            batches=evaluation.batches,
+        ),
+        folder=run_dir / "eval",
+    )
     trainer = Trainer(
         blueprint=blueprint,
         engine=engine,
         mesh=mesh,
         loader=Loader(stream, sharder=sharder, workers=data.workers),
-        store=build_store(saving, evaluation, mesh, run_dir),
+        store=build_store(saving, evaluation, suite.names(), mesh, run_dir),
         learning_rate=build_learning_rate(config),
         steps=settings.steps,
         grad_clip=math.inf if settings.grad_clip is None else settings.grad_clip,
         router_bias_rate=settings.router_bias_rate,
         save_every=saving.every,
         config=yaml.safe_dump(dict(config), sort_keys=False),
-        held_out=functools.partial(data.eval_batches, **share),
+        suite=suite,
         eval_every=evaluation.every,
-        eval_batches=evaluation.batches,
         peak_flops=peak_flops(mesh.device, numerics.precision),
         guard=build_guard(settings),
         bad_batches=run_dir / "bad_batches.jsonl",
@@ -297,18 +311,29 @@ def build_engine(
 
 
 def build_store(
-    saving: Saving, evaluation: Evaluation, mesh: Mesh, run_dir: Path
+    saving: Saving, evaluation: Evaluation, figures: Sequence[str], mesh: Mesh, run_dir: Path
 ) -> CheckpointStore:
-    """Where checkpoints go. Collective; raises ConfigError."""
+    """Where checkpoints go; figures: those an evaluation gives. Collective; raises ConfigError."""
     if saving.keep_best and (not evaluation.every or saving.every % evaluation.every):
         raise ConfigError(
             f"checkpoint.keep_best={saving.keep_best}: with eval.every={evaluation.every} and "
             f"checkpoint.every={saving.every} not every checkpoint has a loss; allowed: 0, or an "
             "eval.every that divides checkpoint.every"
         )
+    if saving.keep_best and saving.best_metric not in figures:
+        raise ConfigError(
+            f"checkpoint.best_metric={saving.best_metric}: eval.tasks give no such figure; "
+            f"allowed: {', '.join(figures)}"
+        )
     return CheckpointStore(
         run_dir / "checkpoints",
-        keep=Keep(newest=saving.keep, every=saving.keep_every, best=saving.keep_best),
+        keep=Keep(
+            newest=saving.keep,
+            every=saving.keep_every,
+            best=saving.keep_best,
+            metric=saving.best_metric,
+            highest=saving.best_direction == "max",
+        ),
         group=host_group(mesh),
         background=saving.background,
     )

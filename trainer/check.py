@@ -26,6 +26,7 @@ from trainer.data.steps import Stage
 from trainer.data.stream import check_shares
 from trainer.data.tokenizer import build_tokenizer
 from trainer.errors import ConfigError, naming
+from trainer.evals.build import build_tasks
 from trainer.settings import Evaluation, Logging, Parallelism, Saving, Settings, Start
 
 Config = Mapping[str, Any]
@@ -41,6 +42,8 @@ def check_run(config: Config, *, nodes: int, node_ranks: int, files: bool) -> No
     settings: Settings = call(Settings, config["trainer"], "trainer")
     for section, kind in (("checkpoint", Saving), ("eval", Evaluation), ("logging", Logging)):
         call(kind, config[section], section)
+    planned = not config["data"]["streaming"]
+    build_tasks(config["eval"]["tasks"], config["tasks"], planned=planned)
     mesh, parallelism = _planned_mesh(config, nodes * node_ranks, node_ranks)
     stages, vocab_size = _check_data(config["data"], files)
     check_shares(stages, settings.micro_batch_size, mesh.data_ranks)

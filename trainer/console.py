@@ -115,7 +115,7 @@ class Console:
         step = int(record["step"] or 0)
         self._bar.update(step - self._bar.n)
         self._bar.set_postfix(loss=_number(record["loss"], ".4f"))
-        if step % self._every == 0 or step == self._steps or "eval_loss" in record:
+        if step % self._every == 0 or step == self._steps or any(map(_told, record)):
             log.info(format_line(record, self._steps))
 
     def close(self) -> None:
@@ -134,11 +134,17 @@ def format_line(record: Record, steps: int) -> str:
     ]
     if record.get("mfu") is not None:
         parts.insert(-1, f"mfu {record['mfu']:.1%}")
-    if record.get("eval_loss") is not None:
-        parts.append(f"eval_loss {record['eval_loss']:.4f}")
+    parts += [f"{name} {x:.4f}" for name, x in record.items() if _told(name) and x is not None]
     if record.get("skipped"):
         parts.append("skipped")
     return "  ".join(parts)
+
+
+def _told(name: str) -> bool:
+    """Whether a figure of an evaluation is one of the few for the console."""
+    return name == "eval_loss" or (
+        name.startswith("eval_") and name.endswith("_accuracy") and "_token_" not in name
+    )
 
 
 def _number(x: float | None, form: str) -> str:

@@ -1,25 +1,32 @@
 """Evaluation tasks on a trained model."""
 
+import copy
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import torch
 import yaml
+from torch import Tensor
 
 from parallel.mesh import Mesh
 from trainer.agreement import check_agreement
-from trainer.batch import Batch
-from trainer.build import build_ops, build_sharder, share_sequences
+from trainer.build import build_engine, build_model, build_ops, build_sharder
+from trainer.checkpoint.weights import load_weights, open_weights
 from trainer.construct import call
 from trainer.data import StreamedData, build_data
-from trainer.errors import ConfigError
-from trainer.evals import perplexity
-from trainer.load import load_model, tokenizer_of
-from trainer.loss import LanguageModelLoss
+from trainer.data.corpus import Split
+from trainer.engine import Engine
+from trainer.engine.ddp import DDPEngine
+from trainer.errors import ConfigError, naming
+from trainer.evals.build import build_task
+from trainer.evals.scoring import Scorer
+from trainer.evals.suite import draw
+from trainer.evals.task import Bench, finite
+from trainer.generation import generate
+from trainer.load import tokenizer_of
 from trainer.settings import Numerics, Parallelism, Settings
-
-TASKS: dict[str, Callable[..., dict[str, float | None]]] = {"perplexity": perplexity.run}
 
 log = logging.getLogger(__name__)
 
@@ -28,51 +35,107 @@ def run_task(
     *,
     checkpoint: str,
     task: str,
-    split: Literal["all", "eval", "train"],
+    tasks: Mapping[str, Any],
+    split: Split,
+    output: str | None,
     data: Mapping[str, Any],
     trainer: Mapping[str, Any],
+    engine: Mapping[str, Any],
     parallel: Mapping[str, Any],
     ops: Mapping[str, Any],
     mesh: Mesh,
-) -> dict[str, float | None]:
-    """-> the task's figures, over all ranks; the keywords are the keys of conf/evaluate.yaml.
+) -> dict[str, Any]:
+    """-> the task's figures and, of a grid, its cells, over all ranks; leaves a picture in output/.
 
-    Raises ConfigError naming the key that is wrong.
+    The keywords are the keys of conf/evaluate.yaml. Raises ConfigError naming the key that is
+    wrong.
     """
-    if task not in TASKS:
-        raise ConfigError(f"task={task}: allowed: {', '.join(TASKS)}")
+    made = build_task(task, tasks)
     settings: Settings = call(Settings, trainer, "trainer")
     parallelism: Parallelism = call(Parallelism, parallel, "parallel")
-    numerics = Numerics.choose(settings.precision, mesh.device)
     tokenizer = data["tokenizer"] or tokenizer_of(checkpoint)
-    documents = call(build_data, {**data, "tokenizer": tokenizer}, "data")
+    plain = {**data, "tokenizer": tokenizer, "task": None, "options": None}
+    documents = call(build_data, plain, "data")
     if isinstance(documents, StreamedData):
         raise ConfigError("data.streaming=true: evaluation reads a token store; allowed: false")
-    config = {"task": task, "split": split, "trainer": trainer, "parallel": parallel}
-    check_agreement(config, documents.identity(), mesh)
-    model = load_model(
-        checkpoint,
-        ops=build_ops(ops, mesh.device, numerics.products),
-        device=mesh.device,
-        dtype=numerics.parameters,
-        vocab_size=documents.tokenizer.vocab_size,
-    )
+    config = {"task": task, "tasks": tasks[task], "split": split, "trainer": trainer}
+    check_agreement(config | {"parallel": parallel}, documents.identity(), mesh)
     chosen = len(documents.documents(split))
     if not chosen:
         raise ConfigError(f"split={split}: the source has no such document; allowed: all")
     log.info("%s: %d documents of data=%s, split %s", task, chosen, data["source"], split)
-    share_sequences(model, parallelism, mesh)
-    batches: Iterable[Batch] = documents.eval_batches(
-        micro_batch_size=settings.micro_batch_size,
-        rank=mesh.data_rank,
-        ranks=mesh.data_ranks,
-        split=split,
+    loaded = load_engine(
+        checkpoint,
+        config={"engine": engine, "ops": ops},
+        settings=settings,
+        parallelism=parallelism,
+        vocab_size=documents.tokenizer.vocab_size,
+        mesh=mesh,
     )
-    sharder = build_sharder(model, parallelism, mesh, pad_id=documents.tokenizer.pad_id)
-    if sharder is not None:
-        batches = map(sharder, batches)
-    loss = LanguageModelLoss(model, tile=settings.loss_tile, autocast=numerics.autocast)
-    return TASKS[task](loss, batches, mesh)
+    pad_id = documents.tokenizer.pad_id
+    sharder = build_sharder(loaded.model, parallelism, mesh, pad_id=pad_id)
+    bench = Bench(
+        scorer=Scorer(loaded.evaluate, mesh=mesh, sharder=sharder),
+        mesh=mesh,
+        data=documents,
+        micro_batch_size=settings.micro_batch_size,
+        split=split,
+        write=writer(loaded),
+    )
+    result = made.run(bench)
+    if output is not None and result.draw is not None and mesh.main:
+        path = Path(output).expanduser() / f"{task}.png"
+        if draw(result, path):
+            log.info("picture in %s", path)
+    cells = {"cells": [finite(cell) for cell in result.cells]} if result.cells else {}
+    return {**finite(result.figures), **cells}
+
+
+def load_engine(
+    checkpoint: str,
+    *,
+    config: Mapping[str, Any],
+    settings: Settings,
+    parallelism: Parallelism,
+    vocab_size: int,
+    mesh: Mesh,
+) -> Engine:
+    """An engine with the weights of a checkpoint, a run folder, a native or a Hugging Face folder,
+    for scoring alone.
+
+    config: the sections engine and ops; vocab_size: the tokenizer's, which the model must hold.
+    """
+    numerics = Numerics.choose(settings.precision, mesh.device)
+    path = Path(checkpoint)
+    with naming("checkpoint", checkpoint):
+        sections = open_weights(path).config
+    ops = build_ops(config["ops"], mesh.device, numerics.products)
+    model = build_model(sections["model"], sections["mixer"], vocab_size=vocab_size, ops=ops)
+    model.requires_grad_(False)
+    blueprint = copy.deepcopy(model)
+    engine = build_engine(model, {**config, "optim": IDLE}, settings, numerics, parallelism, mesh)
+    with naming("checkpoint", checkpoint):
+        load_weights(blueprint, path, assign=engine.assign)
+    return engine
+
+
+def writer(engine: Engine) -> Callable[..., Iterator[Tensor]] | None:
+    """`trainer.generation.generate` on the engine's model; None where ranks share it, or its
+    sequences."""
+    if engine.mesh.context is not None or type(engine) is not DDPEngine:
+        return None
+    autocast, device = engine.numerics.autocast, engine.mesh.device
+
+    def write(prompt: Tensor, **options: Any) -> Iterator[Tensor]:
+        engine.model.eval()
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            yield from generate(engine.model, prompt.to(device), **options)
+
+    return write
+
+
+# Takes no step and keeps no moments; engines want one.
+IDLE = {"_target_": "trainer.optim.adamw", "lr": 1.0}
 
 
 def trained_on(checkpoint: str) -> Mapping[str, Any] | None:

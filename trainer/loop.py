@@ -4,12 +4,12 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import product
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from trainer.checkpoint.store import CheckpointStore
 from trainer.data.steps import RopeSetting
 from trainer.engine import Engine
 from trainer.errors import ConfigError, TrainingError
+from trainer.evals.suite import Suite
+from trainer.evals.task import finite
 from trainer.guard import Fault, Guard
 from trainer.loader import Loader, Prepared
 from trainer.metrics import Record, peak_memory_gib
@@ -39,11 +41,22 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class Gallery(Protocol):
+    """A sink that takes the pictures of an evaluation too, ahead of the record of its step."""
+
+    def show(self, name: str, picture: Path, step: int) -> None: ...
+
+
+class _AskedToStop(Exception):
+    """By a signal, in an evaluation."""
+
+
 @dataclass(kw_only=True)
 class Trainer:
     """Trains the model of `engine` from behind `step` to `steps`, steps counted from 1.
 
-    learning_rate: from the step to the rate; held_out: fresh evaluation batches of this data rank;
+    learning_rate: from the step to the rate; suite: what is evaluated every `eval_every` steps;
     sinks get every record before the step's checkpoint is published. `signals` of any rank end the
     run between two steps, `stopped_by` says which then. `beat` is told wherever the run goes on.
     """
@@ -60,9 +73,8 @@ class Trainer:
     router_bias_rate: float = 0.0
     save_every: int = 0
     config: str = ""  # of the run, for its checkpoints
-    held_out: Callable[[], Iterable[Batch]] = list
+    suite: Suite | None = None
     eval_every: int = 0
-    eval_batches: int | None = None
     peak_flops: float | None = None
     sinks: list[Sink] = field(default_factory=list)
     guard: Guard = field(default_factory=Guard)
@@ -87,12 +99,11 @@ class Trainer:
                 record = self.train_step()
                 if record is None:
                     continue
-                if self._due(self.eval_every):
-                    self._add_held_out_loss(record)
+                figures = self.evaluate() if self._due(self.eval_every) else {}
                 for sink in self.sinks:
-                    sink.log(record)
+                    sink.log(record | figures)
                 if self._due(self.save_every) or self.step == self.steps:
-                    self.save(eval_loss=record.get("eval_loss"))
+                    self.save(figures=figures)
             if self._asked_to_stop() and self.step != self._saved:
                 self.save()
             self.beat(self.step)
@@ -191,32 +202,36 @@ class Trainer:
             "mfu": None if self.peak_flops is None else achieved / self.peak_flops,
         }
 
-    def _add_held_out_loss(self, record: Record) -> None:
-        loss = self.evaluate()
+    def evaluate(self) -> Record:
+        """The figures of the suite on the parameters as they are; none if a signal asks to stop.
+
+        Raises TrainingError if the held-out loss is not finite.
+        """
+        if self.suite is None:
+            return {}
+        try:
+            figures, pictures = self.suite.run(self.step, self._before_scoring)
+        except _AskedToStop:
+            return {}
+        finally:
+            if self.mesh.context is not None:
+                self.mesh.context.traffic.take()  # a record has the bytes of its step only
+        loss = figures.get("eval_loss")
         if loss is not None and not math.isfinite(loss):  # alike on all ranks
             raise TrainingError(f"step {self.step}: eval_loss {loss} on the held-out documents")
-        if self.stopped_by is None:
-            record["eval_loss"] = loss
+        galleries = [sink for sink in self.sinks if isinstance(sink, Gallery)]
+        for (name, picture), gallery in product(pictures.items(), galleries):
+            gallery.show(f"eval_{name}", picture, self.step)
+        return finite(figures)
 
-    def evaluate(self) -> float | None:
-        """Mean loss of a token of the held-out documents; None if there is none, or a signal asks
-        to stop."""
-        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        labels = 0
-        for batch in islice(self.held_out(), self.eval_batches):
-            self.beat(self.step)
-            if self._asked_to_stop():
-                return None
-            batch = batch if self.loader.sharder is None else self.loader.sharder(batch)
-            total += self.engine.evaluate(batch.to(self.mesh.device))
-            labels += batch.valid_labels
-        if self.mesh.context is not None:
-            self.mesh.context.traffic.take()  # a record has the bytes of its step only
-        labels = int(sum_over_ranks(torch.tensor(labels), self.mesh.group))
-        return float(sum_over_ranks(total, self.mesh.group)) / labels if labels else None
+    def _before_scoring(self) -> None:
+        self.beat(self.step)
+        if self._asked_to_stop():
+            raise _AskedToStop
 
-    def save(self, *, eval_loss: float | None = None) -> None:
-        """Starts a checkpoint of this step; `store.finish` tells whether it was published."""
+    def save(self, *, figures: Record | None = None) -> None:
+        """Starts a checkpoint of this step, with the figures of its evaluation; `store.finish`
+        tells whether it was published."""
         self.beat(self.step)
         progress = {
             "step": self.step,
@@ -225,7 +240,7 @@ class Trainer:
             "rope": asdict(self._rope),
         }
         facts: dict[str, Any] = {"progress": progress, "config": self.config}
-        self.store.save(self.step, self.engine.state(), eval_loss=eval_loss, **facts)
+        self.store.save(self.step, self.engine.state(), figures=figures, **facts)
         self._saved = self.step
         self.beat(self.step)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from models.hybrid import HybridLM
 from models.precision import widen
 from trainer.batch import IGNORE_INDEX, Batch
-from trainer.engine import LossModule
+from trainer.engine import LossModule, TokenScores
 
 
 class LanguageModelLoss(LossModule):
@@ -31,29 +31,27 @@ class LanguageModelLoss(LossModule):
             raise ValueError(f"loss_tile is {tile}; allowed: 1 or more tokens")
         self.model, self.tile, self.autocast = model, tile, autocast
 
-    def forward(self, batch: Batch) -> Tensor:
-        """-> the sum of the token losses, a scalar in fp32 or wider; 0 if no label is valid."""
-        if not torch.is_grad_enabled():
-            return self.token_losses(batch).sum()
+    def forward(self, batch: Batch, *, scores: bool = False) -> Any:
+        """-> the sum of the token losses, a scalar in fp32 or wider; 0 if no label is valid.
+
+        scores: -> `TokenScores` instead, without gradients.
+        """
         hidden = self._hidden(batch).flatten(0, 1)
-        weight = self.model.head_weight
-        matmul = self.autocast or hidden.dtype
+        weight, matmul = self.model.head_weight, self.autocast or hidden.dtype
+        if scores:
+            return self._score(hidden, weight.to(matmul), batch.labels)
         return _TiledLoss.apply(hidden, weight, batch.labels.flatten(), self.tile, matmul)
 
     @torch.no_grad()
-    def token_losses(self, batch: Batch) -> Tensor:
-        """-> [batch, seq] in fp32 or wider, 0 where the label is ignored; without gradients."""
-        hidden = self._hidden(batch).flatten(0, 1)
-        matmul = self.autocast or hidden.dtype
-        weight = self.model.head_weight.to(matmul)
-        tiles = zip(hidden.split(self.tile), batch.labels.flatten().split(self.tile), strict=True)
-        losses = [
-            F.cross_entropy(
-                widen(h.to(matmul) @ weight.mT), y, ignore_index=IGNORE_INDEX, reduction="none"
-            )
-            for h, y in tiles
-        ]
-        return torch.cat(losses).view_as(batch.labels)
+    def _score(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> TokenScores:
+        losses, hits = [], []
+        tiles = zip(hidden.split(self.tile), labels.flatten().split(self.tile), strict=True)
+        for h, y in tiles:
+            logits = widen(h.to(weight.dtype) @ weight.mT)
+            loss = F.cross_entropy(logits, y, ignore_index=IGNORE_INDEX, reduction="none")
+            losses.append(loss)
+            hits.append(logits.argmax(-1) == y)
+        return TokenScores(torch.cat(losses).view_as(labels), torch.cat(hits).view_as(labels))
 
     def _hidden(self, batch: Batch) -> Tensor:
         if self.autocast is None:

@@ -54,7 +54,7 @@ def command(config_name: str, job: Callable[[dict[str, Any]], object]) -> None:
     """Runs `job` on conf/<config_name>.yaml with the command line's changes; ends the process."""
     end_with_launcher()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, instead of printing and exiting with 1
-    register_mixers()
+    register_groups()
     sys.argv[1:] = [verbatim(FLAGS.get(argument, argument)) for argument in sys.argv[1:]]
 
     @hydra.main(version_base=None, config_path=str(CONF), config_name=config_name)
@@ -78,11 +78,13 @@ def command(config_name: str, job: Callable[[dict[str, Any]], object]) -> None:
     sys.exit(code)
 
 
-def register_mixers() -> None:
-    """Makes `mixers` of train.yaml: every file of conf/mixer, at mixer.<name>."""
-    names = sorted(path.stem for path in (CONF / "mixer").glob("*.yaml"))
-    defaults = [{f"mixer@mixer.{name}": name} for name in names]
-    ConfigStore.instance().store(name="mixers", node={"defaults": defaults})
+def register_groups() -> None:
+    """Makes `mixers` and `all_tasks` of train.yaml: every file of conf/mixer, at mixer.<name>, and
+    every file of conf/tasks, at tasks.<name>."""
+    for group, made in (("mixer", "mixers"), ("tasks", "all_tasks")):
+        names = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        defaults = [{f"{group}@{group}.{name}": name} for name in names]
+        ConfigStore.instance().store(name=made, node={"defaults": defaults})
 
 
 def verbatim(argument: str) -> str:

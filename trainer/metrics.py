@@ -105,6 +105,11 @@ class TensorBoard:
             if name != "step" and value is not None:
                 self._writer.add_scalar(name, value, step)
 
+    def show(self, name: str, picture: Path, step: int) -> None:
+        from matplotlib.image import imread
+
+        self._writer.add_image(name, imread(picture), step, dataformats="HWC")
+
     def close(self) -> None:
         self._writer.close()
 
@@ -139,6 +144,11 @@ class Wandb:
         step = int(record["step"] or 0)
         values = {k: v for k, v in record.items() if k != "step" and v is not None}
         self._run.log(values, step=step)
+
+    def show(self, name: str, picture: Path, step: int) -> None:
+        import wandb
+
+        self._run.log({name: wandb.Image(str(picture))}, step=step)
 
     def close(self) -> None:
         self._run.finish()

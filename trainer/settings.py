@@ -1,5 +1,6 @@
 """The sections of the configuration that belong to no constructor, typed and checked."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -104,6 +105,8 @@ class Saving:
     keep: int
     keep_every: int
     keep_best: int
+    best_metric: str
+    best_direction: Literal["min", "max"]
     background: bool
 
     def __post_init__(self) -> None:
@@ -131,11 +134,14 @@ class Evaluation:
     """The section `eval`."""
 
     every: int
+    tasks: Sequence[str]
     batches: int | None
 
     def __post_init__(self) -> None:
         if self.every < 0:
             raise ValueError(f"every is {self.every}; allowed: 0 or more")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"tasks is {self.tasks}; allowed: each once")
         if self.batches is not None and self.batches < 1:
             raise ValueError(f"batches is {self.batches}; allowed: 1 or more, or null")
 

@@ -11,7 +11,7 @@ from models.mixer import Mixer
 from models.ops.select import Ops
 from trainer.build import build_model, build_ops
 from trainer.construct import construct
-from trainer.main import CONF, plain, register_mixers
+from trainer.main import CONF, plain, register_groups
 
 MIXERS = sorted(path.stem for path in (CONF / "mixer").glob("*.yaml"))
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
@@ -21,7 +21,7 @@ REFERENCE = Ops(softmax="reference", delta_rule="reference", conv="reference", e
 
 def compose(overrides: list[str]) -> dict:
     """The resolved configuration of a command line."""
-    register_mixers()
+    register_groups()
     with hydra.initialize_config_dir(str(CONF), version_base=None):
         return plain(hydra.compose("train", overrides))
 

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from tests.trainer.tiny import overrides
 from trainer import main
 from trainer.console import close_logging
-from trainer.main import CONF, register_mixers
+from trainer.main import CONF, register_groups
 from trainer.slurm.job import Job
 
 # sbatch, srun and scontrol, as far as a batch script sees them; calls go to the file `calls`.
@@ -112,7 +112,7 @@ def test_the_cluster_file_says_what_is_particular(submit):
 
 
 def test_all_of_the_training_is_configured_as_in_train_yaml():
-    register_mixers()
+    register_groups()
     with hydra.initialize_config_dir(str(CONF), version_base=None):
         job, train = (OmegaConf.to_container(hydra.compose(name)) for name in ("slurm", "train"))
     own = {key.name for key in dataclasses.fields(Job)} | {"cluster"}

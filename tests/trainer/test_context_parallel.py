@@ -233,9 +233,9 @@ def check_other_data(axis: Axis) -> None:
 
 
 def test_evaluation_on_the_command_line(errors, folder, alone):
-    """With another scheme than the run's."""
+    """With another scheme and engine than the run's."""
     source = [f"checkpoint={folder / 'ring_4'}", "trainer.precision=fp64"]
-    more = ["parallel=gather", "parallel.layout=zigzag"]
+    more = ["parallel=gather", "parallel.layout=zigzag", "engine=fsdp2"]
     run = torchrun(2, "scripts/evaluate.py", *source, *more)
     figures = json.loads(run.stdout.splitlines()[-1])
     assert figures["loss"] == pytest.approx(alone[-1]["eval_loss"], rel=1e-9)

@@ -77,7 +77,7 @@ def test_the_loss_is_the_mean_over_the_labels_of_the_step(make):
     batches = trainer.loader.stream.next_step()
     trainer.loader.stream.restore(make().loader.stream.state())
     with torch.no_grad():
-        total = sum(float(trainer.engine.loss.token_losses(batch).sum()) for batch in batches)
+        total = sum(float(trainer.engine.loss(batch)) for batch in batches)
     labels = sum(batch.valid_labels for batch in batches)
     record = trainer.train_step()
     assert record["tokens"] == labels < 4 * 48
@@ -137,10 +137,12 @@ def test_evaluation_leaves_no_trace(make, tmp_path):
     """The mean over all held-out labels; training goes on as if it had not been."""
     plain, watched = make(), make()
     with torch.no_grad():
-        batches = list(watched.held_out())
+        batches = list(watched.suite.bench.data.eval_batches(micro_batch_size=1))
         total = sum(float(watched.engine.loss(batch)) for batch in batches)
     labels = sum(batch.valid_labels for batch in batches)
-    assert labels and watched.evaluate() == pytest.approx(total / labels, rel=1e-6)
+    figures = watched.evaluate()
+    assert figures["eval_loss"] == pytest.approx(total / labels, rel=1e-6)
+    assert figures["eval_tokens"] == labels > 0
     assert plain.train_step()["grad_norm"] == watched.train_step()["grad_norm"]
     torch.testing.assert_close(weights(watched), weights(plain), rtol=0, atol=0)
 
@@ -229,12 +231,20 @@ def test_a_save_that_fails_ends_the_run_only_if_it_is_the_last(make, tmp_path, m
     assert make("trainer.steps=6").step == 4
 
 
-def test_the_best_checkpoints_are_those_of_the_lowest_eval_loss(make, tmp_path):
+@pytest.mark.parametrize(
+    ("more", "name", "values"),
+    [
+        ([], "eval_loss", [3.0, 1.0, 2.0, 4.0]),
+        (["checkpoint.best_direction=max"], "eval_kv_accuracy", [0.1, 0.7, 0.3, 0.0]),
+    ],
+)
+def test_the_best_checkpoints_are_those_of_the_best_figure(make, tmp_path, more, name, values):
     trainer = make(
-        "checkpoint.every=1", "checkpoint.keep=1", "checkpoint.keep_best=2", "eval.every=1"
+        *("checkpoint.every=1", "checkpoint.keep=1", "checkpoint.keep_best=2", "eval.every=1"),
+        *("eval.tasks=[perplexity,kv]", f"checkpoint.best_metric={name}", *more),
     )
-    losses = iter([3.0, 1.0, 2.0, 4.0])
-    trainer.evaluate = lambda: next(losses)
+    figures = iter(values)
+    trainer.evaluate = lambda: {name: next(figures)}
     trainer.run()
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
     assert kept == ["step_00000002", "step_00000003", "step_00000004"]

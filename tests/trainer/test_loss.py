@@ -70,9 +70,18 @@ def test_equals_the_whole_logits(tile, tied):
         atol=1e-13,
     )
     torch.testing.assert_close(loss(batch), expected.sum(), rtol=1e-13, atol=0)
-    torch.testing.assert_close(loss.token_losses(batch).flatten(), expected, rtol=1e-12, atol=0)
-    with torch.no_grad():
-        torch.testing.assert_close(loss(batch), expected.sum(), rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("tile", [1, 4, 1000])
+def test_scores_of_every_token(tile):
+    model, batch = TinyModel().double(), make_batch()
+    likeliest = (model(batch.tokens, batch.info) @ model.head_weight.mT).argmax(-1)
+    batch.labels[1, :4] = likeliest[1, :4]
+    scores = LanguageModelLoss(model, tile=tile)(batch, scores=True)
+    expected = whole(model, batch).detach().view_as(batch.labels)
+    torch.testing.assert_close(scores.loss, expected, rtol=1e-12, atol=0)
+    assert torch.equal(scores.hit, likeliest == batch.labels) and scores.hit[1, :4].all()
+    assert not scores.hit[batch.labels == -100].any() and not scores.loss.requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

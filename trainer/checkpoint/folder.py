@@ -89,8 +89,8 @@ class CheckpointFolder:
 
         Steps ahead of it are of a future that the run left; they stay and do not count.
         """
-        losses = {s: self._fact(s, "eval_loss") for s in self.steps() if s <= step}
-        for surplus in sorted(keep.surplus(losses) - {step}):
+        figures = {s: self._fact(s, "figures") or {} for s in self.steps() if s <= step}
+        for surplus in sorted(keep.surplus(figures) - {step}):
             path = self.checkpoint(surplus)
             path.rename(self.path / f".{path.name}.pruned")  # never seen half removed
         self.sweep()

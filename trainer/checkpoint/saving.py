@@ -11,7 +11,7 @@ import torch
 
 from parallel.collectives import LostRankError
 from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.keep import Keep
+from trainer.checkpoint.keep import Figures, Keep
 from trainer.checkpoint.manifest import Files
 from trainer.checkpoint.ranks import Ranks
 from trainer.checkpoint.shards import local_bytes, write_shards, write_side_files
@@ -22,11 +22,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Save:
-    """side: this rank's further files, by name; eval_loss: at this step, if it was evaluated."""
+    """side: this rank's further files, by name; figures: of the evaluation at this step, if any."""
 
     step: int
     side: Mapping[str, bytes]
-    eval_loss: float | None
+    figures: Figures
 
     def run(self, state: State, folder: CheckpointFolder, ranks: Ranks, keep: Keep) -> Path:
         """-> the checkpoint, published and on disk. Collective.
@@ -55,7 +55,7 @@ class Save:
 
     def _publish(self, folder: CheckpointFolder, files: Files, ranks: Ranks) -> Path:
         versions = {"python": platform.python_version(), "torch": torch.__version__}
-        facts = {"ranks": ranks.count, "eval_loss": self.eval_loss, "versions": versions}
+        facts = {"ranks": ranks.count, "figures": dict(self.figures), "versions": versions}
         folder.seal(self.step, files, **facts)
         path = folder.publish(self.step)
         folder.point(path)

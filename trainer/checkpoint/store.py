@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from trainer.checkpoint import random_state
 from trainer.checkpoint.folder import STEP, CheckpointFolder
-from trainer.checkpoint.keep import Keep
+from trainer.checkpoint.keep import Figures, Keep
 from trainer.checkpoint.manifest import check_files, read_manifest
 from trainer.checkpoint.ranks import Ranks
 from trainer.checkpoint.reader import CONFIG, PROGRESS, CheckpointReader
@@ -67,15 +67,15 @@ class CheckpointStore:
         *,
         progress: dict[str, Any],
         config: str,
-        eval_loss: float | None = None,
+        figures: Figures | None = None,
     ) -> None:
         """Starts a save when the one before has ended; done on return if not in the background.
 
         state: {"model": {name: tensor}, "optimizer": {name: tensor}}, live: nothing may change it
         before `wait_staged`. A plain tensor is alike on all ranks that have it, which need not be
-        all. progress: what JSON holds; config: the resolved configuration, YAML; eval_loss: at this
-        step. Raises RuntimeError for what is no fault of the file system, a background save at the
-        next call.
+        all. progress: what JSON holds; config: the resolved configuration, YAML; figures: of the
+        evaluation at this step. Raises RuntimeError for what is no fault of the file system, a
+        background save at the next call.
         """
         self.drain()
         generators = io.BytesIO()
@@ -86,7 +86,7 @@ class CheckpointStore:
         self._buffers.mark()
         self._staged.clear()
         self._saving = Future()
-        work = (Save(step=step, side=side, eval_loss=eval_loss), state, self._saving)
+        work = (Save(step=step, side=side, figures=figures or {}), state, self._saving)
         if self.background:
             # A daemon, as it waits for other ranks: where one is lost the process has to end.
             threading.Thread(target=self._run, args=work, daemon=True).start()

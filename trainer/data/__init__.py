@@ -37,6 +37,8 @@ def build_data(
     column: str | None,
     subset: str | None,
     split: str | None,
+    task: str | None,
+    options: Mapping[str, Any] | None,
     tokenizer: str,
     seq_len: int,
     batch_size: int,
@@ -67,6 +69,8 @@ def build_data(
         "column": column,
         "subset": subset,
         "split": split,
+        "task": task,
+        "options": options,
         "eval_fraction": eval_fraction,
         "packing": packing,
         "overlong": overlong,
@@ -78,6 +82,7 @@ def build_data(
     if streaming:
         planned_only = {
             "sources": sources,
+            "task": task,
             "stages": stages,
             "packing": None if packing == "best_fit" else packing,
             "long_documents.above": long_documents.get("above"),

@@ -39,7 +39,7 @@ class Corpus:
             return np.arange(len(self.store))
         return np.flatnonzero(self._held_out == (split == "eval"))
 
-    def rows(self, seq_len: int) -> "PackedRows":
+    def rows(self, seq_len: int) -> Rows:
         """Raises ConfigError if the policy on long documents leaves nothing, or has no effect."""
         lengths = self.store.lengths[self.documents("train")]
         if self.overlong == "drop" and lengths.min() > seq_len:

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.construct import call
+from trainer.construct import call, construct
 from trainer.data.corpus import Corpus
 from trainer.data.opening import locate, open_documents
 from trainer.data.plan import LongDocuments, Overlong, Packing
 from trainer.data.prepare import Way
+from trainer.data.task_rows import ExampleTask, TaskCorpus
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 
@@ -18,6 +19,8 @@ SOURCE_KEYS = (
     "column",
     "subset",
     "split",
+    "task",
+    "options",
     "eval_fraction",
     "packing",
     "overlong",
@@ -76,6 +79,8 @@ def build_corpus(
     column: str | None,
     subset: str | None,
     split: str | None,
+    task: str | None,
+    options: Mapping[str, Any] | None,
     eval_fraction: float,
     packing: Packing,
     overlong: Overlong,
@@ -94,12 +99,25 @@ def build_corpus(
         store = open_documents(place, tokenizer=tokenizer, cache_dir=cache_dir, way=way)
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}" if name else str(error)) from error
-    return Corpus(
-        store=store,
-        seed=seed,
-        eval_fraction=eval_fraction,
-        packing=packing,
-        overlong=overlong,
-        long_documents=policy,
-        key=key,
-    )
+    keywords: dict[str, Any] = {
+        "store": store,
+        "seed": seed,
+        "eval_fraction": eval_fraction,
+        "packing": packing,
+        "overlong": overlong,
+        "long_documents": policy,
+        "key": key,
+    }
+    if task is None:
+        return Corpus(**keywords)
+    return TaskCorpus(task=build_example_task(task, options, key), tokenizer=tokenizer, **keywords)
+
+
+def build_example_task(task: str, options: Mapping[str, Any] | None, key: str) -> ExampleTask:
+    """What makes training rows in place of documents; options: the section `tasks.<task>`."""
+    if options is None:
+        raise ConfigError(f"{key}.task={task}: allowed: null; data=task takes one")
+    made = construct(options, f"tasks.{task}")
+    if not isinstance(made, ExampleTask):
+        raise ConfigError(f"{key}.task={task}: has no examples; allowed: copy, kv, mqar, niah")
+    return made

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.batch import IGNORE_INDEX, Batch, Run
+from trainer.data.corpus import Split
 from trainer.data.part import content_digest
 from trainer.data.plan import Piece, Plan, make_plan, permutation
 from trainer.data.source import Slice, Source
@@ -159,9 +160,10 @@ class StreamedData:
         return self.pack(found)
 
     def eval_batches(
-        self, *, micro_batch_size: int, rank: int = 0, ranks: int = 1
+        self, *, micro_batch_size: int, rank: int = 0, ranks: int = 1, split: Split = "eval"
     ) -> Iterator[Batch]:
-        """Each of the held-out documents once, in pieces of at most seq_len tokens.
+        """Each of the held-out documents once, in pieces of at most seq_len tokens; there is no
+        other split to choose.
 
         All ranks get equally many batches; where rows run out, one of padding stands in.
         """

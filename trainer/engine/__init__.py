@@ -36,8 +36,16 @@ class Model(Protocol):
     def units(self) -> list[nn.Module]: ...
 
 
+class TokenScores(NamedTuple):
+    """Of each label when all tokens before it are given; where it is ignored, 0 and False."""
+
+    loss: Tensor  # [batch, seq] nats, in fp32 or wider
+    hit: Tensor  # [batch, seq] bool: the label is the likeliest token
+
+
 class LossModule(nn.Module):
-    """Called with a batch, it returns the sum of its token losses."""
+    """Called with a batch, it returns the sum of its token losses; with `scores=True` too, the
+    `TokenScores`."""
 
     model: Any  # a module and a `Model`, whose names are those of a checkpoint
 
@@ -92,13 +100,13 @@ class Engine:
         (loss * (scale * self.gradient_factor)).backward()
         return loss.detach()
 
-    def evaluate(self, batch: Any) -> Tensor:
-        """-> the loss sum of this rank's batch."""
+    def evaluate(self, batch: Any) -> TokenScores:
+        """Of this rank's batch."""
         self.loss.eval()
         with torch.no_grad():
-            loss = self.loss(batch)
+            scores = self.loss(batch, scores=True)
         self.loss.train()
-        return loss
+        return scores
 
     def clip_grad_norm(self, max_norm: float) -> float:
         """-> the norm of all gradients before they are scaled down to `max_norm`."""

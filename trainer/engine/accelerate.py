@@ -20,7 +20,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from parallel.fsdp import copy_whole, local
 from parallel.mesh import Mesh
-from trainer.engine import Engine, LossModule, Memory, clip
+from trainer.engine import Engine, LossModule, Memory, TokenScores, clip
 from trainer.errors import ConfigError
 from trainer.settings import Numerics
 
@@ -90,10 +90,10 @@ class AcceleratedFSDP2(Engine):
         self.loss, _ = accelerator.prepare(self.loss, self.optimizer)
         self.gradient_factor = self.mesh.ranks
 
-    def evaluate(self, batch: Any) -> Tensor:
-        loss = super().evaluate(batch)
+    def evaluate(self, batch: Any) -> TokenScores:
+        scores = super().evaluate(batch)
         cast(FSDPModule, self.loss).reshard()  # as a backward pass would have done
-        return loss
+        return scores
 
     def clip_grad_norm(self, max_norm: float) -> float:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]

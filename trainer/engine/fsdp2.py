@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from parallel.fsdp import Sharding, copy_whole, local
 from parallel.mesh import Mesh
-from trainer.engine import Engine, LossModule, Memory, clip
+from trainer.engine import Engine, LossModule, Memory, TokenScores, clip
 from trainer.settings import Numerics
 
 
@@ -73,11 +73,11 @@ class FSDP2Engine(Engine):
             self._sharding.reduce_next(last or self._reduce_every, copies=last)
         return super().accumulate(batch, scale, last=last)
 
-    def evaluate(self, batch: Any) -> Tensor:
-        loss = super().evaluate(batch)
+    def evaluate(self, batch: Any) -> TokenScores:
+        scores = super().evaluate(batch)
         if self._sharding is not None:
             self._sharding.free()
-        return loss
+        return scores
 
     def clip_grad_norm(self, max_norm: float) -> float:
         if self._sharding is None:

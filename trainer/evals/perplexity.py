@@ -1,28 +1,25 @@
-"""Token-mean loss on a source of documents, each token with a predecessor scored once."""
+"""Token-mean loss on documents, each token with a predecessor scored once."""
 
 import math
-from collections.abc import Iterable
 
-import torch
+import numpy as np
 
-from parallel.collectives import sum_over_ranks
-from parallel.mesh import Mesh
-from trainer.batch import Batch
-from trainer.loss import LanguageModelLoss
+from trainer.evals.task import Bench, Result
 
 
-@torch.no_grad()
-def run(loss: LanguageModelLoss, batches: Iterable[Batch], mesh: Mesh) -> dict[str, float | None]:
-    """loss in nats a token, perplexity, and the number of tokens scored, over all ranks.
+class Perplexity:
+    """loss in nats a token, perplexity, and the number of tokens scored."""
 
-    batches: this rank's share. What is not finite is None, as JSON has no name for it.
-    """
-    total = torch.zeros(2, dtype=torch.float64)  # loss, tokens
-    for batch in batches:
-        total[0] += loss(batch.to(mesh.device)).cpu()
-        total[1] += batch.valid_labels
-    nats, tokens = sum_over_ranks(total, mesh.group).tolist()
-    mean = nats / tokens if tokens else math.nan
-    figures = {"loss": mean, "perplexity": math.exp(mean) if mean < 700 else math.inf}
-    finite = {name: x if math.isfinite(x) else None for name, x in figures.items()}
-    return {**finite, "tokens": int(tokens)}
+    def names(self, seq_len: int) -> list[str]:
+        return ["loss", "perplexity", "tokens"]
+
+    def run(self, bench: Bench) -> Result:
+        total = np.zeros(2)  # loss, tokens
+        for batch, scores in bench.score_documents():
+            total += [float(scores.loss.sum()), batch.valid_labels]
+        nats, tokens = bench.sum(total)
+        if not tokens:
+            return Result(figures={"loss": None, "perplexity": None, "tokens": 0})
+        loss = float(nats / tokens)
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        return Result(figures={"loss": loss, "perplexity": perplexity, "tokens": int(tokens)})

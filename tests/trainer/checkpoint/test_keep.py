@@ -26,4 +26,13 @@ PLAIN = dict.fromkeys(range(1, 8))
     ],
 )
 def test_kept(keep, losses, kept):
-    assert sorted(set(losses) - keep.surplus(losses)) == kept
+    figures = {step: {"eval_loss": loss, "other": -step} for step, loss in losses.items()}
+    assert sorted(set(losses) - keep.surplus(figures)) == kept
+
+
+@pytest.mark.parametrize(("highest", "best"), [(True, [3, 6]), (False, [1, 4])])
+def test_the_best_by_another_figure(highest, best):
+    shares = {1: 0.1, 3: 0.9, 4: 0.1, 5: None, 6: 0.6, 7: 0.2}
+    figures = {step: {"eval_loss": 1 / step, "share": x} for step, x in shares.items()} | {2: {}}
+    keep = Keep(newest=1, best=2, metric="share", highest=highest)
+    assert set(figures) - keep.surplus(figures) == {*best, 7}

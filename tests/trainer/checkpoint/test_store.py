@@ -60,7 +60,7 @@ def test_nothing_but_checkpoints_and_the_pointer_stays(tmp_path):
 def test_the_best_are_kept_by_the_loss_in_their_manifests(tmp_path):
     store = CheckpointStore(tmp_path, keep=Keep(newest=1, every=4, best=1))
     for step, loss in enumerate((3.0, 1.0, 2.0, None, 2.5, 1.5), start=1):
-        save(store, step, eval_loss=loss)
+        save(store, step, figures={"eval_loss": loss})
     assert names(store) == ["latest", "step_00000002", "step_00000004", "step_00000006"]
 
 

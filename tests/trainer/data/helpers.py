@@ -24,6 +24,8 @@ def build(folder, **changes):
         "column": None,
         "subset": None,
         "split": None,
+        "task": None,
+        "options": None,
         "tokenizer": "bytes",
         "seq_len": 16,
         "batch_size": 8,

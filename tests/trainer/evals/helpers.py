@@ -1,0 +1,41 @@
+"""A text of small documents, with the byte tokenizer or one of Hugging Face."""
+
+import json
+from pathlib import Path
+
+from tests.trainer.data.helpers import build
+from trainer.data import Data
+from trainer.data.text import Text
+
+PROSE = "the quick brown fox jumps over some lazy dogs while another reader watches quietly. "
+
+
+def data(folder: Path, **changes) -> Data:
+    (folder / "text").mkdir(exist_ok=True)
+    for i in range(8):
+        (folder / "text" / f"{i}").write_text(f"{i}: " + PROSE * (i + 1))
+    return build(folder, **{"seq_len": 128, "eval_fraction": 0.4, **changes})
+
+
+def text(folder: Path, **changes) -> Text:
+    made = data(folder, **changes)
+    return Text(made.store, made.tokenizer, made.documents("eval"))
+
+
+def hugging_face(folder: Path) -> str:
+    """A tokenizer whose tokens are pieces of several letters."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=["<s>", "<eos>"], initial_alphabet=alphabet
+    )
+    tokenizer.train_from_iterator([PROSE] * 4, trainer)
+    path = folder / "tokenizer"
+    path.mkdir()
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
+    return str(path)

@@ -1,0 +1,31 @@
+"""From names of tasks and the section `tasks` to what runs them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trainer.construct import construct
+from trainer.errors import ConfigError
+from trainer.evals.task import Task
+
+APART = ("lm_eval",)  # needs a model that is whole, and minutes: not while training
+
+
+def build_task(name: str, sections: Mapping[str, Any], key: str = "task") -> Task:
+    """sections: the section `tasks`; key: where the name stands. Raises ConfigError."""
+    if name not in sections:
+        raise ConfigError(f"{key}={name}: allowed: {', '.join(sorted(sections))}")
+    return construct(sections[name], f"tasks.{name}")
+
+
+def build_tasks(
+    names: Sequence[str], sections: Mapping[str, Any], *, planned: bool
+) -> dict[str, Task]:
+    """Of a run, eval.tasks; planned: whether there is a token store to make examples of."""
+    made_of_text = [name for name in names if name != "perplexity"]
+    if made_of_text and not planned:
+        raise ConfigError(
+            f"eval.tasks={list(names)}: all but perplexity are made of a token store, of which "
+            "data.streaming=true has none; allowed: [perplexity], or data.streaming=false"
+        )
+    among = {name: section for name, section in sections.items() if name not in APART}
+    return {name: build_task(name, among, "eval.tasks") for name in names}
