@@ -1,4 +1,4 @@
-"""Starts ranks: with torchrun, as a user does, by hand, or from a process that has imported all."""
+"""Starts ranks: with torchrun, as a user does, or by a process that has imported everything."""
 
 import importlib
 import multiprocessing
@@ -12,8 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# Most of a short launch is importing torch and DeepSpeed; what this process forks has them. One for
-# all tests, as Python knows one only.
+# Most of a short launch is the import of torch and DeepSpeed, which this process has behind it; one
+# for all tests, as Python knows only one.
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["pytest", "trainer.main", "trainer.engine.accelerate"])
 
@@ -48,39 +48,52 @@ def places(ranks: int) -> list[dict[str, str]]:
     ]
 
 
-def fork(ranks: int, module: str, *arguments: str, seconds: float = 120) -> str:
-    """`main(*arguments)` of a module on every rank; -> what they printed.
-
-    Raises AssertionError with that if a rank fails; the others are ended then.
-    """
+def forked(
+    ranks: int, module: str, *arguments: str, seconds: float = 60
+) -> list[subprocess.CompletedProcess]:
+    """`main(*arguments)` of a module on every rank, with no launcher that would end the others with
+    one; those that take longer are killed."""
     with tempfile.TemporaryDirectory() as folder:
-        outputs = [Path(folder, str(rank)) for rank in range(ranks)]
+        files = [Path(folder, str(rank)) for rank in range(ranks)]
         processes = [
-            FORKSERVER.Process(target=_run, args=(place, output, module, arguments))
-            for place, output in zip(places(ranks), outputs, strict=True)
+            FORKSERVER.Process(target=_run, args=(place, file, module, arguments))
+            for place, file in zip(places(ranks), files, strict=True)
         ]
         for process in processes:
             process.start()
         deadline = time.monotonic() + seconds
-        while any(process.is_alive() for process in processes):
-            if any(process.exitcode for process in processes) or time.monotonic() > deadline:
-                break
-            time.sleep(0.02)
-        failed = [rank for rank, process in enumerate(processes) if process.exitcode != 0]
+        for process in processes:
+            process.join(max(deadline - time.monotonic(), 0))
         for process in processes:
             process.kill()
             process.join()
-        said = "".join(output.read_text() for output in outputs if output.exists())
-    assert not failed, f"ranks {failed} failed, or took more than {seconds} s:\n{said}"
+        return [
+            subprocess.CompletedProcess(
+                arguments, process.exitcode, *(_text(file.with_suffix(f".{i}")) for i in (1, 2))
+            )
+            for process, file in zip(processes, files, strict=True)
+        ]
+
+
+def fork(ranks: int, module: str, *arguments: str, seconds: float = 120) -> str:
+    """The same where no rank is to fail; -> what all printed. Raises AssertionError with that."""
+    done = forked(ranks, module, *arguments, seconds=seconds)
+    said = "".join(rank.stderr + rank.stdout for rank in done)
+    codes = [rank.returncode for rank in done]
+    assert not any(codes), f"the ranks ended with {codes}:\n{said}"
     return said
 
 
-def _run(place: dict[str, str], output: Path, module: str, arguments: tuple[str, ...]) -> None:
+def _text(file: Path) -> str:
+    return file.read_text() if file.exists() else ""
+
+
+def _run(place: dict[str, str], file: Path, module: str, arguments: tuple[str, ...]) -> None:
     import torch
 
-    with output.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    for descriptor in (1, 2):
+        with file.with_suffix(f".{descriptor}").open("w") as output:
+            os.dup2(output.fileno(), descriptor)
     code = 1
     try:
         os.environ |= place
@@ -93,27 +106,3 @@ def _run(place: dict[str, str], output: Path, module: str, arguments: tuple[str,
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # the threads of a process group can abort a process that Python winds up
-
-
-def by_hand(ranks: int, *arguments: str, seconds: float = 60) -> list[subprocess.CompletedProcess]:
-    """`python arguments` on every rank, without a launcher that would end the others with one."""
-    running = [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            cwd=ROOT,
-            env=os.environ | place,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for place in places(ranks)
-    ]
-    done = []
-    try:
-        for process in running:
-            out, err = process.communicate(timeout=seconds)
-            done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
-    finally:
-        for process in running:
-            process.kill()
-    return done

@@ -34,9 +34,10 @@ def watch(trainer: Trainer, before: int | None = None) -> dict[str, Any]:
 
     read: [steps, vocabulary], how often this rank was given each token in each step; gradients:
     name -> whole gradient of the first step, not clipped; alive: what all tensors hold in the
-    second beside the gradients kept and the `before` bytes that were there; bytes: what parameters,
-    gradients and optimiser hold on this rank in the last; memory: what the engine says of that;
-    dtypes: name -> dtype of the parameters that a layer sees while it computes.
+    second beside the gradients kept and the `before` bytes that were there; between: the same
+    behind a micro-batch before the last; bytes: what parameters, gradients and optimiser hold on
+    this rank in the last step; memory: what the engine says of that; dtypes: name -> dtype of the
+    parameters that a layer sees while it computes.
     """
     engine = trainer.engine
     seen: dict[str, Any] = {"read": [], "dtypes": {}, "memory": tuple(engine.memory())}
@@ -48,7 +49,10 @@ def watch(trainer: Trainer, before: int | None = None) -> dict[str, Any]:
         if last:
             seen["read"].append(sum(read))
             read.clear()
-        return accumulate(batch, *args, last=last)
+        loss = accumulate(batch, *args, last=last)
+        if before is not None and "gradients" in seen and not last:
+            seen["between"] = alive() - held(seen["gradients"].values()) - before
+        return loss
 
     def watched(max_norm: float) -> float:
         seen["bytes"] = bytes_of(engine)

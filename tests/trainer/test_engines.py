@@ -32,12 +32,13 @@ SHAPES = {  # of four ranks: a step is one micro-batch, or three to six accumula
     "cp4": ["parallel=usp", CUT, "parallel.cp=4", "trainer.micro_batch_size=12"],
     "cp4 accumulated": ["parallel=gather", "parallel.cp=4", "trainer.micro_batch_size=3"],
 }
+ONCE = "engine.reduce_every_micro_batch=false"
 HSDP = ["engine=fsdp2", "engine.shard_ranks=2", "engine.reshard_after_forward=false"]
 ENGINES = {  # name -> overrides, how many of four ranks hold a copy of the model, and shapes
     "ddp": ([], 1, SHAPES),
     "fsdp2": (["engine=fsdp2"], 4, SHAPES),
-    "hsdp": (HSDP, 2, ["cp1 accumulated", "cp2"]),
-    "hsdp lean": ([*HSDP, "engine.reduce_every_micro_batch=true"], 2, ["cp4 accumulated"]),
+    "hsdp": (HSDP, 2, ["cp4 accumulated", "cp2"]),
+    "hsdp once": ([*HSDP, ONCE], 2, ["cp1 accumulated"]),
 }
 RUNS = [(engine, shape) for engine, (*_, shapes) in ENGINES.items() for shape in shapes]
 
@@ -59,7 +60,7 @@ def two(runs, alone) -> Runs:
     start = ["trainer.steps=1", f"init_from={runs.path / 'hf'}"]
     runs.alone("from hf alone", EXACT, *start)
     jobs = {
-        "bf16": ["engine=fsdp2", "trainer.precision=bf16", CHECKPOINTING],
+        "bf16": ["engine=fsdp2", ONCE, "trainer.precision=bf16", CHECKPOINTING],
         "bf16 ddp": ["engine=ddp", "trainer.precision=bf16"],
         "from hf": ["engine=fsdp2", EXACT, *start],
     }
@@ -70,7 +71,7 @@ def two(runs, alone) -> Runs:
 @pytest.fixture(scope="module")
 def four(two) -> Runs:
     """Four ranks: every engine in every shape."""
-    marks = {"fsdp2 cp1": ["counted", "unsaved"], "hsdp cp2": []}
+    marks = {"fsdp2 cp1 accumulated": ["counted", "unsaved"], "hsdp cp2": []}
     jobs = {
         f"{engine} {shape}": [*ENGINES[engine][0], EXACT, *SHAPES[shape]] for engine, shape in RUNS
     }
@@ -134,9 +135,11 @@ def test_a_rank_holds_its_rows(four, alone, engine, shape):
 
 
 def test_nothing_else_is_whole(four, alone):
-    """Beside its share a rank has tokens, labels and messages, less than a quarter of the model."""
-    seen = four.seen("fsdp2 cp1", 0)  # the first job of its processes
-    assert 0 <= seen["alive"] - sum(seen["bytes"].values()) < alone["bytes"]["parameters"] / 4
+    """Beside its share a rank has tokens, labels and messages, less than a quarter of the model;
+    while micro-batches add up too."""
+    seen = four.seen("fsdp2 cp1 accumulated", 0)
+    for moment in ("alive", "between"):
+        assert 0 <= seen[moment] - sum(seen["bytes"].values()) < alone["bytes"]["parameters"] / 4
 
 
 def test_a_run_in_shards_and_copies_goes_on_in_one_process(four):
