@@ -1,8 +1,10 @@
 """Starts ranks: with torchrun, as a user does, or by a process that has imported everything."""
 
+import contextlib
 import importlib
 import multiprocessing
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -19,9 +21,12 @@ FORKSERVER.set_forkserver_preload(["pytest", "trainer.main", "trainer.engine.acc
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """None of those that the kernel hands out: it could give this one away before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_768)
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def torchrun(ranks: int, *arguments: str, seconds: float = 120) -> subprocess.CompletedProcess:
