@@ -17,7 +17,7 @@ from parallel.collectives import Axis, Traffic
 from parallel.context import apply_context_parallel
 from parallel.layout import plan_layout
 from parallel.mesh import Mesh
-from tests.launch import fork, torchrun
+from tests.launch import fork, forked
 from tests.models.build import compose, make_model
 from tests.parallel.ranks import on_ranks
 from tests.trainer.tiny import overrides
@@ -30,14 +30,23 @@ from trainer.loop import Trainer
 from trainer.settings import Parallelism
 
 HEADS = ["mixer.kda.num_heads=4", "mixer.mla.num_heads=4", "mixer.gqa.num_heads=4"]
-RUN = [*HEADS, "data.seq_len=160", "trainer.steps=3", "trainer.precision=fp64", "eval.every=3"]
+RUN = [
+    *HEADS,
+    "model.pattern=[kda,mla]",  # with a dense feed-forward, then a mixture
+    "model.num_layers=2",
+    "data.seq_len=160",
+    "trainer.steps=3",
+    "trainer.micro_batch_size=2",
+    "trainer.precision=fp64",
+    "eval.every=3",
+]
 SCHEMES = {"ring": 4, "gather": 2, "ulysses": 4, "usp": 4}  # with 2 of the 4 ranks, two data ranks
 JOBS = {
     group: [f"parallel={group}", f"parallel.cp={ranks}", "trainer.activation_checkpointing=true"]
     for group, ranks in SCHEMES.items()
 } | {
     "zigzag": ["parallel=ring", "parallel.layout=zigzag"],
-    "contiguous": ["parallel=gather", "parallel.layout=contiguous", "trainer.micro_batch_size=2"],
+    "contiguous": ["parallel=gather", "parallel.layout=contiguous", "trainer.micro_batch_size=1"],
     "mixed": ["parallel=usp", "parallel.outer=gather", "parallel.recurrence=ulysses"],
 }
 GQA = ["model.pattern=[gqa,kda]", "model.num_layers=2"]
@@ -183,7 +192,7 @@ def test_the_log_tells_mesh_schemes_and_layout(errors, folder):
     log = (folder / "usp" / "train.log").read_text()
     assert "mesh    4 x cpu = 1 data x 2 ring x 2 ulysses, gloo, fp64" in log
     assert "softmax=usp latent=usp recurrence=state_passing conv=halo, layout balanced" in log
-    assert "4 micro-batches a rank" in log
+    assert "2 micro-batches a rank" in log
     assert log.count("balanced layout: ") == 1 and "% of tokens in cut documents" in log
 
 
@@ -229,10 +238,11 @@ def check_other_data(axis: Axis) -> None:
 
 def test_evaluation_on_the_command_line(errors, folder, alone):
     """With another scheme than the run's."""
-    source = [f"checkpoint={folder / 'ring'}", "trainer.precision=fp64"]
-    more = ["parallel=gather", "parallel.layout=zigzag"]
-    run = torchrun(2, "scripts/evaluate.py", *source, *more)
-    figures = json.loads(run.stdout.splitlines()[-1])
+    words = [f"checkpoint={folder / 'ring'}", "trainer.precision=fp64"]
+    words += ["parallel=gather", "parallel.layout=zigzag"]
+    main, other = forked(2, "tests.trainer.command_on_ranks", "evaluate", *words)
+    assert (main.returncode, other.returncode, other.stdout) == (0, 0, ""), main.stderr
+    figures = json.loads(main.stdout.splitlines()[-1])
     assert figures["loss"] == pytest.approx(alone[-1]["eval_loss"], rel=1e-9)
 
 
