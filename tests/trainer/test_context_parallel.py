@@ -40,11 +40,10 @@ RUN = [
     "trainer.precision=fp64",
     "eval.every=3",
 ]
-SCHEMES = {"ring": 4, "gather": 2, "ulysses": 4, "usp": 4}  # with 2 of the 4 ranks, two data ranks
-JOBS = {
-    group: [f"parallel={group}", f"parallel.cp={ranks}", "trainer.activation_checkpointing=true"]
-    for group, ranks in SCHEMES.items()
-} | {
+CHECKPOINTING = "trainer.activation_checkpointing=true"
+SCHEMES = ("ring", "gather", "ulysses", "usp")
+JOBS = {group: [f"parallel={group}", CHECKPOINTING] for group in SCHEMES} | {
+    "pairs": ["parallel=gather", "parallel.cp=2", CHECKPOINTING, "trainer.micro_batch_size=1"],
     "zigzag": ["parallel=ring", "parallel.layout=zigzag"],
     "contiguous": ["parallel=gather", "parallel.layout=contiguous", "trainer.micro_batch_size=1"],
     "mixed": ["parallel=usp", "parallel.outer=gather", "parallel.recurrence=ulysses"],
