@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RANKS ?= 2
+WORKERS ?= 2
 
 .PHONY: install train test check clean
 
@@ -21,8 +22,9 @@ train: install
 	$(BIN)/python scripts/generate.py checkpoint=runs/first prompt='def ' tokens=120
 	@echo; echo "checkpoint: runs/first/checkpoints/$$(cat runs/first/checkpoints/latest)"
 
+# Each file on one of two workers, whose fixtures of a module are then made once.
 test: install
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadfile
 
 check: install
 	$(BIN)/ruff format --check .

@@ -9,7 +9,7 @@ Shapes are [batch, seq, heads, dim]; `seq` is always local to this rank.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -34,6 +34,17 @@ class Fragment:
         return self.index - self.position
 
 
+class Peers(tuple[tuple[Fragment, ...], ...]):
+    """The one row of every context rank. Hashed once, as every layer looks its plans up by them."""
+
+    _hash: int | None = None
+
+    def __hash__(self) -> int:
+        if self._hash is None:
+            self._hash = super().__hash__()
+        return self._hash
+
+
 @dataclass(frozen=True, eq=False)
 class SequenceInfo:
     """Where each local token sits; every mask, reset and position derives from it.
@@ -47,8 +58,8 @@ class SequenceInfo:
     positions: Tensor  # [batch, seq] int64, inside the own document; 0 at a document start
     valid: Tensor  # [batch, seq] bool, False for padding
     fragments: tuple[tuple[Fragment, ...], ...]  # per row, tiling it from left to right
-    # Under context parallelism the one row of every context rank, this one's included; else empty.
-    peers: tuple[tuple[Fragment, ...], ...] = ()
+    # Under context parallelism, this rank's row included; else empty.
+    peers: Peers = field(default_factory=Peers)
 
     @classmethod
     def from_fragments(
@@ -75,7 +86,7 @@ class SequenceInfo:
             positions=torch.stack([runs(row, "position") for row in rows]).to(device),
             valid=torch.stack(valid).to(device),
             fragments=tuple(tuple(row) for row in rows),
-            peers=peers,
+            peers=peers if isinstance(peers, Peers) else Peers(peers),
         )
 
     @classmethod

@@ -27,6 +27,7 @@ from parallel.plans import (
     add_,
     cut_documents,
     merge_order,
+    neighbours,
     own_rank,
     rank_on,
     refuse_keys,
@@ -205,8 +206,8 @@ class LatentUlysses(LatentScheme):
     def attend(self, q, rows, up_weight, info, scale):
         exchange = HeadExchange(self.axis, info, heads=q.shape[2], op="latent")
         exchange.check_inner(self.op, LatentScheme)
-        first = own_rank(info) - self.axis.rank
-        order = merge_order(info.peers[first : first + self.axis.ranks], rows.device)
+        group = neighbours(info.peers, self.axis.ranks)[own_rank(info) // self.axis.ranks]
+        order = merge_order(group, rows.device)
         latents = _AllGather.apply(rows, self.axis, *order).unsqueeze(0)
         rank = up_weight.shape[-1]
         (own_q,) = exchange.to_heads(q)

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from models.sequence import Fragment, SequenceInfo, SequenceOp
+from models.sequence import Fragment, Peers, SequenceInfo, SequenceOp
 from parallel.collectives import Axis
 
 Row = tuple[Fragment, ...]
@@ -134,6 +134,18 @@ def _pieces(rows: tuple[slice, ...], part: Tensor) -> Iterator[tuple[slice, Tens
 def merged(rows: tuple[Row, ...]) -> Row:
     """One row of all the fragments, by their index in the packed global sequence."""
     return tuple(sorted((f for row in rows for f in row), key=lambda fragment: fragment.index))
+
+
+@lru_cache(maxsize=64)
+def neighbours(peers: tuple[Row, ...], ranks: int) -> tuple[Peers, ...]:
+    """The rows of every group of so many ranks."""
+    return tuple(Peers(peers[i : i + ranks]) for i in range(0, len(peers), ranks))
+
+
+@lru_cache(maxsize=64)
+def merged_neighbours(peers: tuple[Row, ...], ranks: int) -> Peers:
+    """One row of each of these groups."""
+    return Peers(merged(group) for group in neighbours(peers, ranks))
 
 
 @lru_cache(maxsize=64)

@@ -15,7 +15,7 @@ from torch import Tensor
 from models.precision import widen
 from models.sequence import SequenceInfo, SequenceOp
 from parallel.collectives import Axis
-from parallel.plans import merge_order, merged, own_rank, row_info
+from parallel.plans import merge_order, merged_neighbours, neighbours, own_rank, row_info
 from parallel.softmax import SoftmaxScheme
 
 
@@ -39,11 +39,10 @@ class HeadExchange:
             )
         self.axis, self.heads, self.op = axis, heads, op
         ranks, group = axis.ranks, own_rank(info) // axis.ranks
-        groups = tuple(info.peers[i : i + ranks] for i in range(0, len(info.peers), ranks))
-        rows = tuple(merged(group) for group in groups)
-        device = info.index.device
+        rows, device = merged_neighbours(info.peers, ranks), info.index.device
         self.info = row_info(rows[group], device, rows)
-        self._sort, self._unsort = merge_order(groups[group], device)
+        own = neighbours(info.peers, ranks)[group]
+        self._sort, self._unsort = merge_order(own, device)
         self.own = self._share(axis.rank, heads)
 
     def check_inner(self, op: SequenceOp, scheme: type[SequenceOp]) -> None:

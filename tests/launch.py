@@ -1,18 +1,32 @@
-"""Starts ranks with torchrun, as a user does."""
+"""Starts ranks: with torchrun, as a user does, or by a process that has imported everything."""
 
+import contextlib
+import importlib
+import multiprocessing
 import os
+import random
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
+# Most of a short launch is the import of torch and DeepSpeed, which this process has behind it; one
+# for all tests, as Python knows only one.
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["pytest", "trainer.main", "trainer.engine.accelerate"])
+
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """None of those that the kernel hands out: it could give this one away before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_768)
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def torchrun(ranks: int, *arguments: str, seconds: float = 120) -> subprocess.CompletedProcess:
@@ -29,28 +43,71 @@ def torchrun(ranks: int, *arguments: str, seconds: float = 120) -> subprocess.Co
     )
 
 
-def by_hand(ranks: int, *arguments: str, seconds: float = 60) -> list[subprocess.CompletedProcess]:
-    """`python arguments` on every rank, without a launcher that would end the others with one."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    running = [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            cwd=ROOT,
-            env=os.environ
-            | place
-            | {"RANK": str(rank), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+def places(ranks: int) -> list[dict[str, str]]:
+    """The environment of each of some ranks on this machine that are to meet."""
+    port = str(free_port())
+    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
+    return [
+        together | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
         for rank in range(ranks)
     ]
-    done = []
-    try:
-        for process in running:
-            out, err = process.communicate(timeout=seconds)
-            done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
-    finally:
-        for process in running:
+
+
+def forked(
+    ranks: int, module: str, *arguments: str, seconds: float = 60
+) -> list[subprocess.CompletedProcess]:
+    """`main(*arguments)` of a module on every rank, with no launcher that would end the others with
+    one; those that take longer are killed."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, str(rank)) for rank in range(ranks)]
+        processes = [
+            FORKSERVER.Process(target=_run, args=(place, file, module, arguments))
+            for place, file in zip(places(ranks), files, strict=True)
+        ]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + seconds
+        for process in processes:
+            process.join(max(deadline - time.monotonic(), 0))
+        for process in processes:
             process.kill()
-    return done
+            process.join()
+        return [
+            subprocess.CompletedProcess(
+                arguments, process.exitcode, *(_text(file.with_suffix(f".{i}")) for i in (1, 2))
+            )
+            for process, file in zip(processes, files, strict=True)
+        ]
+
+
+def fork(ranks: int, module: str, *arguments: str, seconds: float = 120) -> str:
+    """The same where no rank is to fail; -> what all printed. Raises AssertionError with that."""
+    done = forked(ranks, module, *arguments, seconds=seconds)
+    said = "".join(rank.stderr + rank.stdout for rank in done)
+    codes = [rank.returncode for rank in done]
+    assert not any(codes), f"the ranks ended with {codes}:\n{said}"
+    return said
+
+
+def _text(file: Path) -> str:
+    return file.read_text() if file.exists() else ""
+
+
+def _run(place: dict[str, str], file: Path, module: str, arguments: tuple[str, ...]) -> None:
+    import torch
+
+    for descriptor in (1, 2):
+        with file.with_suffix(f".{descriptor}").open("w") as output:
+            os.dup2(output.fileno(), descriptor)
+    code = 1
+    try:
+        os.environ |= place
+        torch.set_num_threads(1)
+        importlib.import_module(module).main(*arguments)
+        code = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # the threads of a process group can abort a process that Python winds up

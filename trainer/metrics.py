@@ -1,6 +1,8 @@
 """The numbers of a run: metrics.jsonl, tensorboard, wandb, and what the machine says of itself."""
 
+import contextlib
 import json
+import logging
 import os
 import resource
 import sys
@@ -10,6 +12,8 @@ from typing import Any, Literal
 from uuid import uuid4
 
 import torch
+
+log = logging.getLogger(__name__)
 
 Record = dict[str, float | int | None]
 
@@ -58,25 +62,44 @@ def peak_memory_gib(device: torch.device) -> float:
 class MetricsFile:
     """metrics.jsonl: one line per optimiser step, each written at once.
 
-    A step that is not ahead of the last one cuts the lines from it on: the run went back.
+    A step that is not ahead of the last one cuts the lines from it on: the run went back. Lines
+    that cannot be written, as on a full disk, wait for the next one.
     """
 
     def __init__(self, path: Path, *, last_step: int) -> None:
         """Keeps the lines up to `last_step`, cuts the others and what a crash left half-written."""
         self._path, self._step = path, last_step
+        self._waiting: dict[int, bytes] = {}  # by step
         self._file = path.open("ab", buffering=0)
         self._file.truncate(_intact_bytes(path, last_step))
 
     def log(self, record: Record) -> None:
         step = int(record["step"] or 0)
         if step <= self._step:
+            self._waiting = {s: line for s, line in self._waiting.items() if s < step}
             self._file.truncate(_intact_bytes(self._path, step - 1))
         self._step = step
-        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        self._waiting[step] = json.dumps(record, allow_nan=False).encode() + b"\n"
+        self._write()
 
     def close(self) -> None:
-        os.fsync(self._file.fileno())
+        self._write()
+        with contextlib.suppress(OSError):
+            os.fsync(self._file.fileno())
         self._file.close()
+
+    def _write(self) -> None:
+        lines = b"".join(self._waiting.values())
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            while lines:
+                lines = lines[self._file.write(lines) :]
+        except OSError as error:
+            self._file.truncate(size)
+            if len(self._waiting) == 1:
+                log.warning("%s: %s; its lines wait from step %d on", self._path, error, self._step)
+        else:
+            self._waiting.clear()
 
 
 def _intact_bytes(path: Path, last_step: int) -> int:

@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import filesystem
 
 from parallel.mesh import Mesh
-from trainer.build import build_trainer
+from trainer.build import build_mesh, build_trainer
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.run_folder import session
 
@@ -38,17 +37,19 @@ class Kill:
     delay: float = 0.0  # RANDOM: seconds behind the last of these
 
 
-def run(folder: Path, rank: int, ranks: int, config: dict[str, Any], kill: Kill | None) -> None:
-    """Trains in config["run_dir"], then ends the process; `folder` is for this start alone."""
+def run(folder: Path, place: dict[str, str], config: dict[str, Any], kill: Kill | None) -> None:
+    """Trains in config["run_dir"], then ends the process; `folder` is for this start alone.
+
+    place: of this rank, as torchrun's environment has it.
+    """
     code = 1
+    rank = place["RANK"]
     try:
         (folder / f"pid{rank}").write_text(str(os.getpid()))
         sys.stderr = (folder / f"errors{rank}").open("w", buffering=1)
         torch.set_num_threads(1)
-        place, seconds = f"file://{folder}/store", timedelta(seconds=60)
-        dist.init_process_group("gloo", place, rank=rank, world_size=ranks, timeout=seconds)
-        mesh = Mesh(device=torch.device("cpu"), rank=rank, ranks=ranks, group=dist.group.WORLD)
-        _train(folder, mesh, config, kill)
+        os.environ |= place
+        _train(folder, build_mesh(config["parallel"]), config, kill)
         code = 0
     except BaseException:
         sys.excepthook(*sys.exc_info())

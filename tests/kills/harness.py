@@ -20,6 +20,7 @@ import torch.distributed.checkpoint as dcp
 
 from tests.kills import child
 from tests.kills.child import POINTS, RANDOM, Kill
+from tests.launch import places
 from tests.trainer.tiny import config as tiny_config
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.shards import TensorReader
@@ -32,7 +33,6 @@ MANY = 100  # trials, a quarter of them at random times
 PATIENCE = 60.0  # seconds until a start counts as hanging
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.kills.child"])
 
 
 class Broken(AssertionError):
@@ -69,7 +69,10 @@ class Harness:
         self._starts = 0
         small = ["model.pattern=[kda,mla]", "model.num_layers=2"]
         options = [*small, f"trainer.steps={STEPS}", f"checkpoint.every={EVERY}"]
+        options += ["parallel.timeout_minutes=1"]
         self._config = tiny_config(folder, *options, *overrides)
+        engine, _, _ = self._config["engine"]["_target_"].rpartition(".")
+        _CONTEXT.set_forkserver_preload(["tests.kills.child", engine])
         self._run_dir = folder / "reference"
         self._start(None)
         self._reference = _records(self._run_dir)
@@ -148,8 +151,8 @@ class Harness:
         self._config["run_dir"] = str(self._run_dir)
         newest = self._newest_step()
         processes = [
-            _CONTEXT.Process(target=child.run, args=(folder, rank, self.ranks, self._config, kill))
-            for rank in range(self.ranks)
+            _CONTEXT.Process(target=child.run, args=(folder, place, self._config, kill))
+            for place in places(self.ranks)
         ]
         for process in processes:
             process.start()

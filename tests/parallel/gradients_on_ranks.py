@@ -1,6 +1,5 @@
-"""Run by torchrun: see test_gradients.py. Writes what each rank saw."""
+"""Run on ranks: see test_gradients.py. Writes what each rank saw."""
 
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -50,7 +49,7 @@ def batch(rank: int, micro: int):
     return torch.randn(5, 3, generator=generator, dtype=torch.float64), (rank + micro) % 2 == 1
 
 
-def main(folder: Path) -> None:
+def main(folder: str) -> None:
     mesh = join(timeout_minutes=1)
     sent: list[int] = []
     start = collectives.start_sum
@@ -90,9 +89,5 @@ def main(folder: Path) -> None:
         verify_gradient_factor(partial(Engine, numerics=numerics), mesh)  # reduces nothing
     except RuntimeError as error:
         seen["probe"] = str(error)
-    torch.save(seen, folder / f"rank{dist.get_rank()}.pt")
+    torch.save(seen, Path(folder, f"rank{dist.get_rank()}.pt"))
     leave(mesh)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -4,7 +4,6 @@ A rank that finished its work may rarely abort while its process exits; that nei
 nor hides one that failed.
 """
 
-import multiprocessing
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -15,9 +14,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.collectives import Axis, Traffic
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["parallel.collectives", "models.ops.softmax"])
+from tests.launch import FORKSERVER
 
 
 def on_ranks(ranks: int, check: Callable[..., None], *args: object, seconds: float = 120) -> None:
@@ -25,7 +22,7 @@ def on_ranks(ranks: int, check: Callable[..., None], *args: object, seconds: flo
     the processes take a second or two to start. Raises AssertionError with a rank's traceback."""
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            _CONTEXT.Process(target=_run, args=(Path(folder), rank, ranks, check, args))
+            FORKSERVER.Process(target=_run, args=(Path(folder), rank, ranks, check, args))
             for rank in range(ranks)
         ]
         for process in processes:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.launch import torchrun
+from tests.launch import fork
 from tests.parallel.gradients_on_ranks import Loss, Model, batch
 
 RANKS = 3
@@ -12,10 +12,8 @@ RANKS = 3
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gradients")
-    run = torchrun(RANKS, "-m", "tests.parallel.gradients_on_ranks", str(folder))
-    files = [folder / f"rank{rank}.pt" for rank in range(RANKS)]
-    assert all(file.exists() for file in files), run.stderr
-    return [torch.load(file) for file in files]
+    fork(RANKS, "tests.parallel.gradients_on_ranks", str(folder))
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
 
 
 def test_sums_over_ranks_and_micro_batches(seen):

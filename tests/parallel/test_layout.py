@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from models.sequence import Fragment
+from parallel.chains import chains
 from parallel.layout import TokenLayout, area, plan_layout
 
 STRATEGIES = ("balanced", "zigzag", "contiguous")
@@ -211,3 +212,10 @@ def test_bad_arguments(arguments, line):
 def test_rows_must_be_equally_long():
     with pytest.raises(ValueError, match=r"equally many tokens, got \[3, 4\]"):
         TokenLayout(((Fragment(4, 0),), (Fragment(3, 4),)))
+
+
+def test_plans_of_a_batch_are_found_without_a_look_at_every_fragment(monkeypatch):
+    info = plan_layout(packed([40, 3, 9]), ranks=3).info(0)
+    plan = chains(info.peers)
+    monkeypatch.setattr(Fragment, "__hash__", None)
+    assert chains(info.to("cpu").peers) is plan

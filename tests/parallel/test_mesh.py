@@ -1,7 +1,6 @@
 """Ranks that meet, leave and die: no job of a sweep, and no rank, waits for one that is gone."""
 
 import os
-import sys
 
 import pytest
 import torch
@@ -9,21 +8,21 @@ import torch
 from parallel import mesh as meshes
 from parallel.collectives import LostRankError, sum_over_ranks
 from parallel.mesh import join, joined, membership
-from tests.launch import by_hand
+from tests.launch import forked
 
 WORDS = {"op": "softmax", "direction": "forward"}
 
 
 @pytest.mark.parametrize("message", ["sum", "shift", "exchange"])
 def test_a_rank_that_dies_ends_the_others(message):
-    alive, dead = by_hand(2, "-m", "tests.parallel.test_mesh", message)
+    alive, dead = forked(2, "tests.parallel.test_mesh", message)
     assert (alive.returncode, dead.returncode) == (3, 9), alive.stderr
     assert alive.stdout.startswith("another rank ended, or did not answer in time: ")
     assert alive.stdout.count("\n") == 1
 
 
 def test_the_next_job_goes_on_where_all_failed_and_not_where_one_did():
-    for rank, done in enumerate(by_hand(2, "-m", "tests.parallel.test_mesh", "jobs")):
+    for rank, done in enumerate(forked(2, "tests.parallel.test_mesh", "jobs")):
         ends = ["cp and ulysses are, by rank, [(1, 1), (2, 1)]; allowed: the same on every rank"]
         ends += ["all failed, joined: False", "done, joined: False"]
         ends += [["lost, joined: True"], ["alone failed, joined: True"]][rank]
@@ -68,8 +67,7 @@ def jobs() -> None:
         except LostRankError:
             end = "lost"
         print(f"{end}, joined: {joined()}", flush=True)
-    os._exit(0)
 
 
-if __name__ == "__main__":
-    jobs() if sys.argv[1] == "jobs" else die(sys.argv[1])
+def main(message: str) -> None:
+    jobs() if message == "jobs" else die(message)

@@ -3,7 +3,6 @@
 Every case is a process per rank; all cases run at once.
 """
 
-import multiprocessing
 import os
 import pickle
 import signal
@@ -16,12 +15,10 @@ import pytest
 from parallel import mesh as meshes
 from parallel.mesh import Mesh, join, membership
 from parallel.watchdog import Watchdog
-from tests.launch import free_port
+from tests.launch import FORKSERVER, free_port
 
 RANKS = 3
 HOST = os.uname().nodename
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["parallel.mesh"])
 
 
 def ends_late(mesh: Mesh, watchdog: Watchdog) -> None:
@@ -86,7 +83,7 @@ def ended(tmp_path_factory):
     started = {}
     for case, folder in folders.items():
         started[case] = [
-            _CONTEXT.Process(target=run, args=(case, rank, folder, port))
+            FORKSERVER.Process(target=run, args=(case, rank, folder, port))
             for port in [free_port()]
             for rank in range(RANKS)
         ]
@@ -143,7 +140,7 @@ def test_a_rank_that_stands_still_is_named_and_all_stacks_are_written(ended):
 
 
 def test_alone_only_standing_still_ends_the_process(tmp_path):
-    process = _CONTEXT.Process(target=alone, args=(tmp_path,))
+    process = FORKSERVER.Process(target=alone, args=(tmp_path,))
     process.start()
     process.join(30)
     assert process.exitcode == 1

@@ -21,8 +21,8 @@ def own(override: str) -> list[str]:
     return [override]
 
 
-def main(jobs: Path) -> None:
-    for overrides in json.loads(jobs.read_text()):
+def main(jobs: str) -> None:
+    for overrides in json.loads(Path(jobs).read_text()):
         try:
             train(compose([kept for override in overrides for kept in own(override)]))
         except ConfigError as error:
@@ -30,5 +30,5 @@ def main(jobs: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1])
     os._exit(0)  # the threads of a process group can abort a process that Python winds up

@@ -1,13 +1,15 @@
 """Runs of training jobs side by side, below one folder: in this process or on ranks."""
 
+import copy
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
 from parallel.mesh import Mesh
-from tests.launch import torchrun
+from tests.launch import fork
 from tests.models.build import compose
 from tests.trainer.shared_on_ranks import watch
 from tests.trainer.tiny import overrides
@@ -34,14 +36,18 @@ class Runs:
         return [*made, *place, *self.common, *more]
 
     def config(self, name: str, *more: str) -> dict:
-        return compose(self.words(name, *more))
+        """What a run starts from is set without composing all the rest again."""
+        start = dict(word.split("=") for word in more if word.startswith(("resume=", "init_from=")))
+        changes = [word for word in self.words("", *more) if word.partition("=")[0] not in start]
+        return copy.deepcopy(composed(*changes)) | {"run_dir": str(self.path / name)} | start
 
     def alone(self, name: str, *more: str) -> dict:
-        """In this process; -> what `watch` saw."""
+        """In this process; -> what `watch` saw, and keeps it as a rank does."""
         (self.path / name).mkdir()
         trainer = build_trainer(self.config(name, *more), mesh=SINGLE, run_dir=self.path / name)
         seen = watch(trainer)
         trainer.run()
+        torch.save(seen, self.path / name / "seen_0.pt")
         return seen
 
     def on_ranks(self, ranks: int, jobs: dict[str, list[str]]) -> str:
@@ -52,9 +58,9 @@ class Runs:
         """
         made = [self._job(name, words) for name, words in jobs.items()]
         (self.path / "jobs.json").write_text(json.dumps(made))
-        script = ["-m", "tests.trainer.shared_on_ranks", str(self.path / "jobs.json")]
-        run = torchrun(ranks, *script, seconds=400)
-        return run.stderr + run.stdout
+        return fork(
+            ranks, "tests.trainer.shared_on_ranks", str(self.path / "jobs.json"), seconds=280
+        )
 
     def _job(self, name: str, words: list[str]) -> dict:
         environment = [word for word in words if word.partition("=")[0].isupper()]
@@ -75,6 +81,11 @@ class Runs:
 
     def resume(self, name: str, step: int) -> str:
         return f"resume={self.path / name / 'checkpoints' / f'step_{step:08}'}"
+
+
+@cache
+def composed(*words: str) -> dict:
+    return compose(list(words))
 
 
 def assert_same(run: list[dict], other: list[dict], tolerance: float) -> None:

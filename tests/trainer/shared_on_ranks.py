@@ -1,4 +1,4 @@
-"""Run by torchrun: does training jobs one after the other and keeps what only a rank can see.
+"""Run on ranks: does training jobs one after the other and keeps what only a rank can see.
 
 JOBS is a JSON list of {"config": a resolved configuration, "environment": what that job has beside
 ours, "marks": a list}. Marked `unsaved`, a job writes no checkpoint; `counted`, it counts all
@@ -10,51 +10,82 @@ import gc
 import json
 import math
 import os
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from parallel.collectives import gather_objects
 from trainer import main as commands
+from trainer.batch import Batch
 from trainer.build import build_trainer
 from trainer.errors import ConfigError
 from trainer.loop import Trainer
+
+VOCABULARY = 257  # bytes, and the end of a document
 
 
 def watch(trainer: Trainer, before: int | None = None) -> dict[str, Any]:
     """Filled while the trainer takes steps, before each update.
 
-    gradients: name -> whole gradient of the first step, not clipped; alive: what all tensors hold
-    in it beside the `before` bytes that were there; bytes: what parameters, gradients and optimiser
-    hold on this rank in the last step.
+    read: [steps, vocabulary], how often this rank was given each token in each step; gradients:
+    name -> whole gradient of the first step, not clipped; alive: what all tensors hold in the
+    second beside the gradients kept and the `before` bytes that were there; between: the same
+    behind a micro-batch before the last; bytes: what parameters, gradients and optimiser hold on
+    this rank in the last step; memory: what the engine says of that; dtypes: name -> dtype of the
+    parameters that a layer sees while it computes.
     """
     engine = trainer.engine
-    seen: dict[str, Any] = {}
-    clip = engine.clip_grad_norm
+    seen: dict[str, Any] = {"read": [], "dtypes": {}, "memory": tuple(engine.memory())}
+    clip, accumulate = engine.clip_grad_norm, engine.accumulate
+    read: list[Tensor] = []
+
+    def accumulated(batch: Batch, *args: Any, last: bool) -> Tensor:
+        read.append(batch.tokens[batch.info.valid].bincount(minlength=VOCABULARY))
+        if last:
+            seen["read"].append(sum(read))
+            read.clear()
+        loss = accumulate(batch, *args, last=last)
+        if before is not None and "gradients" in seen and not last:
+            seen["between"] = alive() - held(seen["gradients"].values()) - before
+        return loss
 
     def watched(max_norm: float) -> float:
         seen["bytes"] = bytes_of(engine)
         if "gradients" not in seen:
-            if before is not None:
-                seen["alive"] = alive() - before
-            parameters = engine.model.named_parameters()
-            seen["gradients"] = {name: whole_gradient(p, trainer) for name, p in parameters}
+            seen["gradients"] = whole_gradients(trainer)
+        elif before is not None and "alive" not in seen:
+            seen["alive"] = alive() - held(seen["gradients"].values()) - before
         return clip(max_norm)
 
+    def look(prefix: str, layer: nn.Module) -> None:
+        seen["dtypes"] |= {name: p.dtype for name, p in layer.named_parameters(prefix)}
+
+    engine.accumulate = accumulated
     engine.clip_grad_norm = watched
+    for i, layer in enumerate(engine.model.layers):
+        layer.ffn.register_forward_pre_hook(lambda *_, i=i, layer=layer: look(f"{i}", layer))
     return seen
 
 
-def whole_gradient(parameter: Any, trainer: Trainer) -> Tensor:
-    if isinstance(parameter.grad, DTensor):  # by objects: DTensor may look for groups that are gone
-        parts = gather_objects(parameter.grad.to_local().clone(), trainer.mesh.group)
-        return torch.cat(parts[: parameter.device_mesh.shape[-1]])
+def whole_gradients(trainer: Trainer) -> dict[str, Tensor]:
+    """Shards come by objects: a DTensor's own messages may look for groups that are gone."""
+    parameters: dict[str, Any] = dict(trainer.engine.model.named_parameters())
+    shards = {n: p.grad.to_local() for n, p in parameters.items() if isinstance(p.grad, DTensor)}
+    ranks = gather_objects(shards, trainer.mesh.group)
+    return {
+        name: torch.cat([part[name] for part in ranks[: p.grad.device_mesh.shape[-1]]])
+        if name in shards
+        else full_gradient(p)
+        for name, p in parameters.items()
+    }
+
+
+def full_gradient(parameter: Any) -> Tensor:
     if parameter.grad is not None:
         return parameter.grad.clone()
     from deepspeed.utils import safe_get_full_grad  # which this process has set up by now
@@ -109,7 +140,7 @@ def drop_a_step(trainer: Trainer) -> None:
     engine.step = stepped
 
 
-def main(jobs: Path) -> None:
+def main(jobs: str) -> None:
     environment = dict(os.environ)
     marks: list[str] = []
     seen: list[dict[str, Any]] = []
@@ -126,7 +157,7 @@ def main(jobs: Path) -> None:
         return trainer
 
     commands.build_trainer = build_watched
-    for job in json.loads(jobs.read_text()):
+    for job in json.loads(Path(jobs).read_text()):
         os.environ.clear()
         os.environ |= environment | job["environment"]
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -139,8 +170,3 @@ def main(jobs: Path) -> None:
         else:
             file = Path(job["config"]["run_dir"], f"seen_{os.environ['RANK']}.pt")
             torch.save(seen.pop(), file)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    os._exit(0)  # the threads of a process group can abort a process that Python winds up

@@ -28,9 +28,9 @@ BACK_ENDS = {"ddp": [], "fsdp2": FSDP} | {  # name -> environment
     f"zero{stage}": ["ACCELERATE_USE_DEEPSPEED=true", f"ACCELERATE_DEEPSPEED_ZERO_STAGE={stage}"]
     for stage in (1, 2, 3)
 }
-SHAPES = {  # of two ranks
-    "cp1": ["trainer.micro_batch_size=1", "trainer.activation_checkpointing=true"],
-    "cp2": ["parallel=ring", "parallel.layout=zigzag", "parallel.cp=2"],
+SHAPES = {  # of two ranks: a step is four micro-batches, or one
+    "cp1": ["trainer.micro_batch_size=2", "trainer.activation_checkpointing=true"],
+    "cp2": ["parallel=ring", "parallel.layout=zigzag", "trainer.micro_batch_size=16"],
 }
 RESUMED = {"zero3": "fsdp2", "ddp": "zero3", "fsdp2": "ddp"}  # back end -> whose checkpoint
 REFUSED = {  # what Accelerate made of its environment -> that environment
@@ -115,9 +115,10 @@ def test_what_it_made_of_its_environment_is_checked(said, line):
 
 
 def test_its_launcher(runs, alone):
-    """Two pairs of ranks that each hold a copy, on a machine without a GPU, where Accelerate by
-    itself would take each rank for a single process."""
-    words = runs.words("launched", ENGINE, *SHAPES["cp2"], "trainer.steps=1")
+    """Four ranks that share sequences, two of which hold a copy each, on a machine without a GPU,
+    where Accelerate by itself would take each rank for a single process."""
+    more = ["parallel=usp", "trainer.micro_batch_size=4", "trainer.steps=1"]
+    words = runs.words("launched", ENGINE, *more)
     launch = ["--use_fsdp", "--fsdp_version=2", "--use_parallelism_config", "--num_processes=4"]
     sizes = {"dp_replicate_size": 2, "dp_shard_size": 2}
     launch += [f"--parallelism_config_{name}={size}" for name, size in sizes.items()]
@@ -130,7 +131,7 @@ def test_its_launcher(runs, alone):
         timeout=200,
     )
     assert (runs.path / "launched" / "checkpoints" / "step_00000001").is_dir(), run.stderr
-    assert "mesh    4 x cpu = 2 data x 2 ring x 1 ulysses, gloo, fp32" in run.stdout
+    assert "mesh    4 x cpu = 1 data x 2 ring x 2 ulysses, gloo, fp32" in run.stdout
     assert_same(runs.records("launched"), runs.records("alone")[:1], 1e-5)
 
 

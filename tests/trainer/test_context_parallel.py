@@ -1,4 +1,7 @@
-"""Training with ranks that share sequences: the numbers of one rank under every scheme."""
+"""Training with ranks that share sequences: the numbers of one rank under every scheme.
+
+test_engines.py has more schemes and degrees, with every parameter's gradient.
+"""
 
 import json
 import math
@@ -14,7 +17,7 @@ from parallel.collectives import Axis, Traffic
 from parallel.context import apply_context_parallel
 from parallel.layout import plan_layout
 from parallel.mesh import Mesh
-from tests.launch import torchrun
+from tests.launch import fork, forked
 from tests.models.build import compose, make_model
 from tests.parallel.ranks import on_ranks
 from tests.trainer.tiny import overrides
@@ -27,16 +30,22 @@ from trainer.loop import Trainer
 from trainer.settings import Parallelism
 
 HEADS = ["mixer.kda.num_heads=4", "mixer.mla.num_heads=4", "mixer.gqa.num_heads=4"]
-RUN = [*HEADS, "data.seq_len=160", "trainer.steps=3", "trainer.precision=fp64", "eval.every=3"]
-CHECKPOINTING = ["trainer.activation_checkpointing=true", "checkpoint.every=2"]
+RUN = [
+    *HEADS,
+    "model.pattern=[kda,mla]",  # with a dense feed-forward, then a mixture
+    "model.num_layers=2",
+    "data.seq_len=160",
+    "trainer.steps=3",
+    "trainer.micro_batch_size=2",
+    "trainer.precision=fp64",
+    "eval.every=3",
+]
+CHECKPOINTING = "trainer.activation_checkpointing=true"
 SCHEMES = ("ring", "gather", "ulysses", "usp")
-JOBS = {
-    f"{group} {ranks}": [f"parallel={group}", f"parallel.cp={ranks}", *CHECKPOINTING]
-    for group in SCHEMES
-    for ranks in (2, 4)  # with 2 of the 4 ranks, two data ranks
-} | {
+JOBS = {group: [f"parallel={group}", CHECKPOINTING] for group in SCHEMES} | {
+    "pairs": ["parallel=gather", "parallel.cp=2", CHECKPOINTING, "trainer.micro_batch_size=1"],
     "zigzag": ["parallel=ring", "parallel.layout=zigzag"],
-    "contiguous": ["parallel=gather", "parallel.layout=contiguous", "trainer.micro_batch_size=2"],
+    "contiguous": ["parallel=gather", "parallel.layout=contiguous", "trainer.micro_batch_size=1"],
     "mixed": ["parallel=usp", "parallel.outer=gather", "parallel.recurrence=ulysses"],
 }
 GQA = ["model.pattern=[gqa,kda]", "model.num_layers=2"]
@@ -108,15 +117,14 @@ def alone(folder) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def errors(folder) -> str:
-    """Runs all jobs on four ranks, each in folder/<name>; -> what went to standard error."""
+    """Runs all jobs on four ranks, each in folder/<name>; -> what they printed."""
     jobs = [command(folder, "disagreeing", *DISAGREEING)]  # first: the next ones must go on
-    jobs += [command(folder, name.replace(" ", "_"), *more) for name, more in JOBS.items()]
+    jobs += [command(folder, name, *more) for name, more in JOBS.items()]
     jobs += [command(folder, "gqa", *GQA, "parallel=usp")]
     jobs += [command(folder, "whole", "parallel=ring", "trainer.micro_batch_size=4")]
     jobs += [command(folder, f"fp32_{group}", *FP32, f"parallel={group}") for group in SCHEMES]
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    run = torchrun(4, "-m", "tests.trainer.jobs_on_ranks", str(folder / "jobs.json"), seconds=400)
-    return run.stderr
+    return fork(4, "tests.trainer.jobs_on_ranks", str(folder / "jobs.json"), seconds=280)
 
 
 def assert_same(run: list[dict], alone: list[dict]) -> None:
@@ -128,7 +136,7 @@ def assert_same(run: list[dict], alone: list[dict]) -> None:
 
 @pytest.mark.parametrize("name", JOBS)
 def test_ranks_that_share_sequences_train_like_one(errors, folder, alone, name):
-    run = records(folder / name.replace(" ", "_"))
+    run = records(folder / name)
     assert_same(run, alone)
     assert all(record["comm_bytes"] > 0 for record in run)
     assert "comm_bytes" not in alone[0]
@@ -180,16 +188,11 @@ def test_nothing_warns(errors):
 
 
 def test_the_log_tells_mesh_schemes_and_layout(errors, folder):
-    log = (folder / "usp_4" / "train.log").read_text()
+    log = (folder / "usp" / "train.log").read_text()
     assert "mesh    4 x cpu = 1 data x 2 ring x 2 ulysses, gloo, fp64" in log
     assert "softmax=usp latent=usp recurrence=state_passing conv=halo, layout balanced" in log
-    assert "4 micro-batches a rank" in log
+    assert "2 micro-batches a rank" in log
     assert log.count("balanced layout: ") == 1 and "% of tokens in cut documents" in log
-
-
-def test_a_run_goes_on_without_context_parallelism(errors, folder, alone):
-    checkpoint = folder / "usp_4" / "checkpoints" / "step_00000002"
-    assert_same(train_alone(folder, "resumed", f"resume={checkpoint}"), alone[2:])
 
 
 def test_ranks_with_other_configurations_are_told(errors):
@@ -234,10 +237,11 @@ def check_other_data(axis: Axis) -> None:
 
 def test_evaluation_on_the_command_line(errors, folder, alone):
     """With another scheme and engine than the run's."""
-    source = [f"checkpoint={folder / 'ring_4'}", "trainer.precision=fp64"]
-    more = ["parallel=gather", "parallel.layout=zigzag", "engine=fsdp2"]
-    run = torchrun(2, "scripts/evaluate.py", *source, *more)
-    figures = json.loads(run.stdout.splitlines()[-1])
+    words = [f"checkpoint={folder / 'ring'}", "trainer.precision=fp64", "engine=fsdp2"]
+    words += ["parallel=gather", "parallel.layout=zigzag"]
+    main, other = forked(2, "tests.trainer.command_on_ranks", "evaluate", *words)
+    assert (main.returncode, other.returncode, other.stdout) == (0, 0, ""), main.stderr
+    figures = json.loads(main.stdout.splitlines()[-1])
     assert figures["loss"] == pytest.approx(alone[-1]["eval_loss"], rel=1e-9)
 
 

@@ -1,4 +1,7 @@
-"""ZeRO-1, -2 and -3 train like one process, hold their shares, and go on from any engine."""
+"""ZeRO-1, -2 and -3 train like one process and hold their shares.
+
+test_resume_matrix.py takes more steps, and goes on from any engine.
+"""
 
 import functools
 import os
@@ -60,8 +63,7 @@ MIXERS = [  # and what parameters are used for outside the forward of their own 
     "mixer.mla.q_rank=6",
     "trainer.steps=2",
 ]
-LONG = ["trainer.steps=20", "checkpoint.every=18", "trainer.micro_batch_size=4"]
-SHORT = ["unsaved", *LONG, "trainer.steps=3", "schedule.total_steps=20"]
+STEPS = ["trainer.steps=3", "schedule.total_steps=6", "trainer.micro_batch_size=4"]
 
 
 @pytest.fixture(scope="module")
@@ -71,32 +73,28 @@ def runs(tmp_path_factory) -> Runs:
 
 @pytest.fixture(scope="module")
 def alone(runs) -> dict:
-    return runs.alone("alone", *LONG, "engine.bucket_mb=25", "trainer.micro_batch_size=16")
+    more = ["trainer.steps=6", "engine.bucket_mb=25", "trainer.micro_batch_size=16"]
+    return runs.alone("alone", *STEPS, *more)
 
 
 @pytest.fixture(scope="module")
 def two(runs, alone) -> Runs:
-    """Two ranks: twenty steps, and going on from other engines and a Hugging Face folder."""
+    """Two ranks: three steps of every kind, and starting from a Hugging Face folder."""
     convert(source=str(runs.path / "alone"), target=str(runs.path / "hf"), format="hf")
     folder = f"init_from={runs.path / 'hf'}"
     runs.alone("from hf alone", "trainer.steps=1", folder)
     runs.alone("mixers alone", *MIXERS)
     mixed = ["unsaved", "trainer.precision=bf16", "trainer.steps=2", CHECKPOINTING]
-    offload = ["dropped", "engine.offload_optimizer=cpu", *SHORT]
-    jobs = {f"zero{stage}": ["counted", *STAGES[stage], *LONG] for stage in STAGES}
-    for stage, engine in STAGES.items():
-        resume = runs.resume(f"zero{stage}", 18)
-        jobs[f"zero{stage} again"] = ["unsaved", *engine, *LONG, resume]
-    for stage in (1, 3):
-        resume = runs.resume(f"zero{stage}", 18)
-        jobs[f"ddp from zero{stage}"] = ["unsaved", "engine=ddp", *LONG, resume]
-        resume = runs.resume("alone", 18)
-        jobs[f"zero{stage} from alone"] = ["unsaved", *STAGES[stage], *LONG, resume]
+    dropped = ["unsaved", "dropped", *STEPS]
+    offload = [*dropped, "engine.offload_optimizer=cpu"]
+    jobs = {f"zero{stage}": ["counted", *STAGES[stage], *STEPS] for stage in STAGES}
+    jobs["zero2"] += ["checkpoint.every=2"]
     jobs |= {
+        "zero2 again": ["unsaved", *STAGES[2], *STEPS, runs.resume("zero2", 2)],
         "zero3 from hf": ["unsaved", *STAGES[3], "trainer.steps=1", folder],
         "zero3 mixers": ["unsaved", *STAGES[3], *MIXERS, CHECKPOINTING],
-        "zero2 dropped": ["dropped", *STAGES[2], *SHORT],
-        "zero3 dropped": ["dropped", *STAGES[3], *SHORT],
+        "zero2 dropped": [*STAGES[2], *dropped],
+        "zero3 dropped": [*STAGES[3], *dropped],
         "zero2 offloaded": [*STAGES[2], *offload],
         "zero3 offloaded": [*STAGES[3], *offload, "engine.offload_parameters=cpu"],
         "zero3 bf16": ["engine=zero3", *mixed],
@@ -120,8 +118,8 @@ def four(two) -> Runs:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_twenty_steps_are_those_of_one_process(two, stage):
-    assert_same(two.records(f"zero{stage}"), two.records("alone"), 1e-4)
+def test_steps_are_those_of_one_process(two, stage):
+    assert_same(two.records(f"zero{stage}"), two.records("alone")[:3], 1e-4)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -178,30 +176,16 @@ def test_nothing_else_is_whole(two, stage):
         assert 0 <= seen["alive"] - sum(seen["bytes"].values()) < model
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_resuming_on_the_same_ranks_is_bitwise(two, stage):
-    assert_same(two.records(f"zero{stage} again"), two.records(f"zero{stage}")[18:], 0)
-
-
-@pytest.mark.parametrize(
-    ("engine", "before"),
-    [("ddp", "zero1"), ("ddp", "zero3"), ("zero1", "alone"), ("zero3", "alone")],
-)
-def test_a_run_goes_on_with_another_engine(two, engine, before):
-    assert_same(two.records(f"{engine} from {before}"), two.records(before)[18:], 1e-5)
-
-
-def test_a_run_goes_on_in_one_process(two):
-    two.alone("alone from zero3", *LONG, two.resume("zero3", 18))
-    assert_same(two.records("alone from zero3"), two.records("zero3")[18:], 1e-5)
+def test_resuming_is_bitwise(two):
+    assert_same(two.records("zero2 again"), two.records("zero2")[2:], 0)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_checkpoint_has_the_same_tensors(two, stage):
     """Names, shapes and dtypes as those of one process."""
     states = []
-    for name in (f"zero{stage}", "alone"):
-        path = two.path / name / "checkpoints" / "step_00000018"
+    for name, step in ((f"zero{stage}", 3), ("alone", 6)):
+        path = two.path / name / "checkpoints" / f"step_{step:08}"
         states.append(FileSystemReader(path).read_metadata().state_dict_metadata)
     assert states[0].keys() == states[1].keys()
     for name, entry in states[0].items():
@@ -222,13 +206,13 @@ def test_every_mixer_finds_its_parameters(two):
 
 @pytest.mark.parametrize("name", ["zero2 dropped", "zero3 dropped"])
 def test_a_dropped_step_leaves_no_trace(two, name):
-    assert_same(two.records(name), two.records(name.split()[0])[:3], 0)
+    assert_same(two.records(name), two.records(name.split()[0]), 0)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_what_is_on_the_host_trains_the_same(two, stage):
     """Also after a dropped step. Gradients are whole parameters' no more, as they are copied."""
-    assert_same(two.records(f"zero{stage} offloaded"), two.records(f"zero{stage}")[:3], 1e-6)
+    assert_same(two.records(f"zero{stage} offloaded"), two.records(f"zero{stage}"), 1e-6)
     share = partition_bytes(3, 0, 2)["gradients"]
     seen = two.seen(f"zero{stage} offloaded", 0)["bytes"]
     assert seen["gradients"] <= share * 1.01 and seen["optimizer"] >= 3 * share

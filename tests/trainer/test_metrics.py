@@ -1,6 +1,7 @@
 """metrics.jsonl over crashes and resumptions, and the trackers beside it."""
 
 import json
+import resource
 
 import pytest
 import torch
@@ -32,6 +33,26 @@ def test_resuming_cuts_later_lines_and_torn_tails(tmp_path, last, tail):
     file.log({"step": kept + 1})
     file.close()
     assert [line["step"] for line in lines(path)] == list(range(1, kept + 2))
+
+
+def test_lines_wait_while_the_disk_is_full(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, last_step=0)
+    file.log({"step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))
+    try:
+        for step in (2, 3, 4, 3):  # went back
+            file.log({"step": step})
+        assert path.read_bytes() == b'{"step": 1}\n'
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    file.log({"step": 4, "loss": 0.5})
+    file.close()
+    assert lines(path) == [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "loss": 0.5}]
+    assert [record.message.partition("; ")[2] for record in caplog.records] == [
+        "its lines wait from step 2 on"
+    ]
 
 
 def test_tensorboard_gets_every_number(tmp_path):

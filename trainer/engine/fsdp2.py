@@ -21,7 +21,7 @@ class FSDP2Engine(Engine):
 
     shard_ranks: neighbours that hold a copy of the model together; None for all ranks of the run.
     reshard_after_forward: False keeps layers whole up to their backward pass.
-    reduce_every_micro_batch: gradients that add up are in shards too, for more messages.
+    reduce_every_micro_batch: False sends gradients once a step, and holds them whole until then.
     cpu_offload: shards, gradients and optimiser stay in host memory; CUDA only.
     """
 
@@ -35,7 +35,7 @@ class FSDP2Engine(Engine):
         numerics: Numerics,
         shard_ranks: int | None = None,
         reshard_after_forward: bool = True,
-        reduce_every_micro_batch: bool = False,
+        reduce_every_micro_batch: bool = True,
         cpu_offload: bool = False,
     ) -> None:
         shards = mesh.ranks if shard_ranks is None else shard_ranks

@@ -1,0 +1,123 @@
+"""Twenty steps are the same anywhere, and a run goes on anywhere from where any other left it.
+
+Each document is written with letters of its own, so that tokens tell which documents a step read.
+"""
+
+import random
+
+import pytest
+import torch
+
+from tests.trainer.runs import Runs, assert_same
+from tests.trainer.shared_on_ranks import VOCABULARY
+
+ZERO3 = ["engine=zero3", "engine.whole_below=200"]
+TOPOLOGIES = {  # name -> ranks, overrides; a step is one micro-batch, or two
+    "ddp 1": (1, ["trainer.micro_batch_size=4"]),
+    "ddp 2": (2, ["trainer.micro_batch_size=1"]),
+    "fsdp2 2": (2, ["engine=fsdp2", "trainer.micro_batch_size=2"]),
+    "fsdp2 4": (4, ["engine=fsdp2"]),
+    "zero1 2": (2, ["engine=zero1", "trainer.micro_batch_size=2"]),
+    "zero3 2": (2, [*ZERO3, "trainer.micro_batch_size=2"]),
+    "cp 2": (2, ["parallel=ring", "parallel.layout=zigzag", "trainer.micro_batch_size=2"]),
+}
+PAIRS = [(before, after) for before in TOPOLOGIES for after in TOPOLOGIES]
+OTHERS = {  # that none of them goes on from
+    "zero2 2": (2, ["engine=zero2", "trainer.micro_batch_size=1"]),
+    "accelerate 2": (2, ["engine=accelerate", "ACCELERATE_USE_FSDP=true", "FSDP_VERSION=2"]),
+    "fsdp2 4, cp 4": (4, ["engine=fsdp2", "parallel=gather", "trainer.micro_batch_size=4"]),
+    "zero3 4, cp 2": (
+        4,
+        [*ZERO3, "parallel=ulysses", "parallel.cp=2", "trainer.micro_batch_size=2"],
+    ),
+}
+SAVED, STEPS, EPOCHS = 10, 20, 5  # in the middle of the third
+RUN = [
+    "model.pattern=[kda,mla]",  # with a dense feed-forward, then a mixture
+    "model.num_layers=2",
+    "data.seq_len=32",
+    "data.batch_size=4",
+    "data.eval_fraction=0",
+    f"trainer.steps={STEPS}",
+    f"checkpoint.every={SAVED}",
+    "checkpoint.keep=0",
+]
+RANKS = (1, 2, 4)
+LETTERS = 8  # of a document
+
+
+def documents() -> list[bytes]:
+    """From a few tokens to several rows; an epoch is 16 rows."""
+    chance = random.Random(0)
+    lengths = (100, 64, 31, 30, 5, 17, 12, 40, 26, 2, 11, 50, 3, 23, 8, 62)
+    return [
+        bytes(chance.choices(range(LETTERS * i, LETTERS * (i + 1)), k=length))
+        for i, length in enumerate(lengths)
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Runs:
+    """Every topology, uninterrupted."""
+    path = tmp_path_factory.mktemp("matrix")
+    (path / "own").mkdir()
+    for i, text in enumerate(documents()):
+        (path / "own" / str(i)).write_bytes(text)
+    runs = Runs(path, [*RUN, f"data.path={path / 'own'}"])
+    for ranks in RANKS:
+        saving = {name: words for name, (own, words) in TOPOLOGIES.items() if own == ranks}
+        others = {
+            name: ["unsaved", *words] for name, (own, words) in OTHERS.items() if own == ranks
+        }
+        do(runs, ranks, saving | others)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def resumed(whole) -> Runs:
+    """Every pair, from step 10 on."""
+    for ranks in RANKS:
+        jobs = {
+            f"{name} from {saved}": ["unsaved", *words, whole.resume(saved, SAVED)]
+            for name, (own, words) in TOPOLOGIES.items()
+            for saved in TOPOLOGIES
+            if own == ranks
+        }
+        do(whole, ranks, jobs)
+    return whole
+
+
+def do(runs: Runs, ranks: int, jobs: dict[str, list[str]]) -> None:
+    if ranks > 1:
+        runs.on_ranks(ranks, jobs)
+        return
+    for name, words in jobs.items():
+        runs.alone(name, *(word for word in words if word != "unsaved"))
+
+
+def read(runs: Runs, topology: str, name: str) -> torch.Tensor:
+    """[steps, tokens], how often each token was trained on in each step, on all ranks."""
+    ranks, _ = (TOPOLOGIES | OTHERS)[topology]
+    return sum(torch.stack(runs.seen(name, rank)["read"]) for rank in range(ranks))
+
+
+@pytest.mark.parametrize("topology", [*TOPOLOGIES, *OTHERS][1:])
+def test_twenty_steps_are_those_of_one_process(whole, topology):
+    assert_same(whole.records(topology), whole.records("ddp 1"), 1e-4)
+    assert read(whole, topology, topology).equal(read(whole, "ddp 1", "ddp 1"))
+
+
+def test_an_epoch_reads_each_document_once(whole):
+    texts = torch.tensor([*b"".join(documents()), *[256] * len(documents())])
+    epochs = read(whole, "ddp 1", "ddp 1").unflatten(0, (EPOCHS, -1)).sum(1)
+    assert epochs.equal(texts.bincount(minlength=VOCABULARY).expand_as(epochs))
+
+
+@pytest.mark.parametrize(("before", "after"), PAIRS)
+def test_the_next_ten_steps_are_those_of_the_uninterrupted_run(resumed, before, after):
+    """To the bit where nothing changes; the documents, those that come next, everywhere."""
+    name = f"{after} from {before}"
+    steps = resumed.records(before)[SAVED:]
+    assert len(steps) == 10
+    assert_same(resumed.records(name), steps, 0 if before == after else 1e-5)
+    assert read(resumed, after, name).equal(read(resumed, before, before)[SAVED:])
