@@ -55,7 +55,7 @@ def run_task(
         dtype=numerics.parameters,
         vocab_size=documents.tokenizer.vocab_size,
     )
-    chosen = len(documents.documents(split))
+    chosen = sum(len(corpus.documents(split)) for corpus in documents.corpora)
     if not chosen:
         raise ConfigError(f"split={split}: the source has no such document; allowed: all")
     log.info("%s: %d documents of data=%s, split %s", task, chosen, data["source"], split)
