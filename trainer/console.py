@@ -134,6 +134,8 @@ def format_line(record: Record, steps: int) -> str:
         parts.insert(-1, f"mfu {record['mfu']:.1%}")
     if record.get("eval_loss") is not None:
         parts.append(f"eval_loss {record['eval_loss']:.4f}")
+    if (record.get("data_wait") or 0) >= 0.01:
+        parts.append(f"waited for data {record['data_wait']:.1%}")
     if record.get("skipped"):
         parts.append("skipped")
     return "  ".join(parts)
