@@ -61,9 +61,10 @@ def resolve_parallel(
 
 
 def _longest(data: Config) -> int:
-    """Row of all stages."""
-    stages = data["stages"] or [{}]
-    return max(stage.get("seq_len", data["seq_len"]) for stage in stages)
+    """Row of all stages, as far as they are understood; what is not is refused with the data."""
+    stages = [stage for stage in data["stages"] or () if isinstance(stage, Mapping)]
+    lengths = [stage.get("seq_len") for stage in stages]
+    return max([data["seq_len"], *(x for x in lengths if isinstance(x, int))])
 
 
 def _shapes(config: Config) -> set[Shape]:

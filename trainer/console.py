@@ -135,6 +135,8 @@ def format_line(record: Record, steps: int) -> str:
     if record.get("mfu") is not None:
         parts.insert(-1, f"mfu {record['mfu']:.1%}")
     parts += [f"{name} {x:.4f}" for name, x in record.items() if _told(name) and x is not None]
+    if (record.get("data_wait") or 0) >= 0.01:
+        parts.append(f"waited for data {record['data_wait']:.1%}")
     if record.get("skipped"):
         parts.append("skipped")
     return "  ".join(parts)

@@ -60,7 +60,7 @@ def run_task(
         raise ConfigError("data.streaming=true: evaluation reads a token store; allowed: false")
     config = {"task": task, "tasks": tasks[task], "split": split, "trainer": trainer}
     check_agreement(config | {"parallel": parallel}, documents.identity(), mesh)
-    chosen = len(documents.documents(split))
+    chosen = sum(len(corpus.documents(split)) for corpus in documents.corpora)
     if not chosen:
         raise ConfigError(f"split={split}: the source has no such document; allowed: all")
     log.info("%s: %d documents of data=%s, split %s", task, chosen, data["source"], split)

@@ -4,11 +4,14 @@ A loading process gets the pieces of its rows and no plan, and sends steps back 
 shared memory they would have to fit into /dev/shm, which in a container may be next to nothing.
 """
 
+import atexit
+import multiprocessing
 import pickle
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import count
 from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import torch
@@ -92,13 +95,16 @@ class Loader:
             prefetch_factor=AHEAD,
             generator=torch.Generator(),  # the default one belongs to the run
         )
+        others = set(multiprocessing.active_children())
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             resource_tracker.ensure_running()  # which unblocks SIGTERM
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-            return iter(loader)
+            sent = iter(loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        atexit.register(_kill, set(multiprocessing.active_children()) - others)
+        return sent
 
 
 def cut(batches: list[Batch], sharder: Sharder | None) -> Made:
@@ -135,6 +141,12 @@ def _begin(worker: int) -> None:
     """A loading process ends with the run, and not before."""
     ignore_stop_signals()
     end_with_parent()
+
+
+def _kill(processes: Iterable[BaseProcess]) -> None:
+    """Of a run that ends without `close`: what multiprocessing would send them, they ignore."""
+    for process in processes:
+        process.kill()
 
 
 def _as_it_is(sent: Any) -> Any:

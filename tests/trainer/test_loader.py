@@ -58,7 +58,7 @@ def test_processes_read_what_a_thread_reads_and_heed_nobody(folder):
         assert max(planned) <= step + 2 * AHEAD  # and no further
         for process in multiprocessing.active_children():
             os.kill(process.pid, [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2][step % 3])
-    assert {p.epoch for p in (expected, got)} == {0} and got.rope.base == 7.0
+    assert got.epoch > 0 and got.rope.base == 7.0
     assert torch.equal(torch.random.get_rng_state(), generator)
     shared.restore({**alone.stream.state()})
     assert not multiprocessing.active_children()

@@ -36,7 +36,7 @@ CHAIN = [
             (8, ["parallel=gather", "parallel.cp=2", WORKERS]),
         ],
     ),
-    (1, [(9, ["data.workers=2"]), (10, []), (11, ["trainer.micro_batch_size=8"]), (13, [WORKERS])]),
+    (1, [(9, ["data.workers=2"]), (10, []), (11, ["trainer.micro_batch_size=4"]), (13, [WORKERS])]),
 ]
 
 
