@@ -1,11 +1,13 @@
 """What the tasks are made of, on integers: exact lengths, answers alone labelled, and found where
 they are said to be."""
 
+import pickle
 import re
 
 import numpy as np
 import pytest
 
+from tests.trainer.data.helpers import packed, read
 from tests.trainer.evals.helpers import data, hugging_face, text
 from trainer.batch import IGNORE_INDEX
 from trainer.data.task_rows import TaskRows
@@ -193,10 +195,12 @@ def test_training_and_evaluation_see_different_examples(tmp_path):
 def test_training_rows_of_a_task_come_through_the_stream(tmp_path):
     """Labels on answers only; the store's other split is for evaluation."""
     made = data(tmp_path, task="mqar", options=OPTIONS)
-    batch = made.batch([(0, 0), (0, 1)])
+    batch = read(made, (0, 0), (0, 1))
     assert batch.tokens.shape == (2, 128) and batch.valid_labels == 2 * 2 * 4
-    assert made.rows_per_epoch(0) > 10**6
+    assert packed(made).count(0) > 10**6
     assert made.identity()["tasks.mqar.pairs"] == "4"
+    made.reader = pickle.loads(pickle.dumps(made.reader))  # as a loading process gets it
+    assert read(made, (0, 0), (0, 1)).tokens.equal(batch.tokens)
 
 
 OPTIONS = {
