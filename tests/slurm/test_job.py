@@ -184,7 +184,10 @@ def test_the_batch_script_requeues_by_the_outcome(submit, slurm, monkeypatch, ou
         ("data.seq_len=0", "data.seq_len=0: must be at least 1"),
         ("data.path=/nowhere", "data.path=/nowhere: "),
         ("data.workers=-1", "data.workers=-1: must be at least 0"),
-        ("data.stages=[{tokens:99},{batch_size:3}]", "data.stages[1].batch_size=3: must be a "),
+        (
+            "nodes=2 data.stages=[{tokens:99},{batch_size:3}]",
+            "data.stages[1].batch_size=3: must be a ",
+        ),
         ("init_from=/nowhere", "init_from=/nowhere: no weights in /nowhere"),
         ("optim.lr=-1", "optim.lr is -1; allowed: above 0"),
         ("engine.bucket_mb=x", "engine.bucket_mb=x: allowed: finite float"),
