@@ -34,9 +34,8 @@ from trainer.construct import call, construct
 from trainer.data import TrainStream, build_data
 from trainer.engine import Engine, verify_gradient_factor
 from trainer.errors import ConfigError, naming
-from trainer.evals.build import build_tasks
+from trainer.evals.build import build_suite
 from trainer.evals.scoring import Scorer
-from trainer.evals.suite import Suite
 from trainer.evals.task import Bench
 from trainer.guard import Guard, Spike
 from trainer.heap import keep_heap
@@ -191,17 +190,14 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
     blueprint = copy.deepcopy(model)  # an engine may keep parameters in another shape
     engine = build_engine(model, config, settings, numerics, parallelism, mesh)
     sharder = build_sharder(model, parallelism, mesh, pad_id=data.tokenizer.pad_id)
-    suite = Suite(
-        tasks=build_tasks(evaluation.tasks, config["tasks"]),
-        bench=Bench(
-            scorer=Scorer(engine.evaluate, mesh=mesh, sharder=sharder),
-            mesh=mesh,
-            data=data,
-            micro_batch_size=settings.micro_batch_size,
-            batches=evaluation.batches,
-        ),
-        folder=run_dir / "eval",
+    bench = Bench(
+        scorer=Scorer(engine.evaluate, mesh=mesh, sharder=sharder),
+        mesh=mesh,
+        data=data,
+        micro_batch_size=settings.micro_batch_size,
+        batches=evaluation.batches,
     )
+    suite = build_suite(evaluation, config["tasks"], bench, run_dir / "eval")
     trainer = Trainer(
         blueprint=blueprint,
         engine=engine,

@@ -63,6 +63,11 @@ class Synthetic(ABC):
         sizes = self.sizes(seq_len)
         return ["accuracy", "token_accuracy", "loss", *(f"accuracy_{size}" for size in sizes)]
 
+    def check(self, bench: Bench) -> None:
+        """By making one example of each length."""
+        for length in self.sizes(bench.data.seq_len):
+            self.example(bench.text, self.draw(EVALUATION, 0), length=length, depth=1.0)
+
     def run(self, bench: Bench) -> Result:
         """accuracy: share of answers that are right; token_accuracy: of their tokens; loss: nats a
         token of them."""
