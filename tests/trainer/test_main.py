@@ -123,7 +123,10 @@ def test_a_sweep_gives_each_job_a_folder(train, tmp_path, run_dir):
         ),
         ("tasks.kv.depth=1", "tasks.kv.depth=1: unknown key; allowed: tasks.kv.lengths, "),
         ("data.task=kv", "data.task=kv: allowed: null; data=task takes one"),
-        ("data=task data.task=position", "data.task=position: has no examples; allowed: copy, "),
+        (
+            "data=task data.source=files data.task=position",
+            "data.task=position: has no examples; allowed: copy, ",
+        ),
         ("data=task data.task=f1", "Interpolation key 'tasks.f1' not found; full_key: data."),
         ("trainer.steps=[1", "'trainer.steps=[1': not understood"),
         ("trainer.precision=fp8", "trainer.precision=fp8: allowed: fp32, bf16, fp64 or null"),
