@@ -37,9 +37,8 @@ from trainer.data.report import describe
 from trainer.data.steps import Stage
 from trainer.engine import Engine, verify_gradient_factor
 from trainer.errors import ConfigError, naming
-from trainer.evals.build import build_tasks
+from trainer.evals.build import build_suite
 from trainer.evals.scoring import Scorer
-from trainer.evals.suite import Suite
 from trainer.evals.task import Bench
 from trainer.guard import Guard, Spike
 from trainer.heap import keep_heap
@@ -196,17 +195,14 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
     sharder = build_sharder(model, parallelism, mesh, pad_id=data.tokenizer.pad_id)
     check_lengths(data.stages, sharder)
     stream = build_stream(data, blueprint, **share)
-    suite = Suite(
-        tasks=build_tasks(evaluation.tasks, config["tasks"], planned=isinstance(data, Data)),
-        bench=Bench(
-            scorer=Scorer(engine.evaluate, mesh=mesh, sharder=sharder),
-            mesh=mesh,
-            data=data,
-            micro_batch_size=settings.micro_batch_size,
-            batches=evaluation.batches,
-        ),
-        folder=run_dir / "eval",
+    bench = Bench(
+        scorer=Scorer(engine.evaluate, mesh=mesh, sharder=sharder),
+        mesh=mesh,
+        data=data,
+        micro_batch_size=settings.micro_batch_size,
+        batches=evaluation.batches,
     )
+    suite = build_suite(evaluation, config["tasks"], bench, run_dir / "eval")
     trainer = Trainer(
         blueprint=blueprint,
         engine=engine,

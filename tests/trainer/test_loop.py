@@ -241,7 +241,8 @@ def test_a_save_that_fails_ends_the_run_only_if_it_is_the_last(make, tmp_path, m
 def test_the_best_checkpoints_are_those_of_the_best_figure(make, tmp_path, more, name, values):
     trainer = make(
         *("checkpoint.every=1", "checkpoint.keep=1", "checkpoint.keep_best=2", "eval.every=1"),
-        *("eval.tasks=[perplexity,kv]", f"checkpoint.best_metric={name}", *more),
+        *("eval.tasks=[perplexity,kv]", "tasks.kv.lengths=[48]"),
+        *(f"checkpoint.best_metric={name}", *more),
     )
     figures = iter(values)
     trainer.evaluate = lambda: {name: next(figures)}

@@ -113,10 +113,20 @@ def test_a_sweep_gives_each_job_a_folder(train, tmp_path, run_dir):
         ("eval.tasks=[f1]", "eval.tasks=f1: allowed: copy, kv, mqar, niah, perplexity, position"),
         ("eval.tasks=[kv,kv]", "eval.tasks is ['kv', 'kv']; allowed: each once"),
         ("eval.tasks=[kv] tasks.kv.depths=[2]", "tasks.kv.depths is [2]; allowed: one or more, "),
-        ("eval.tasks=[kv] tasks.kv.lengths=[3]", "tasks.kv.lengths: 3 tokens hold no example; "),
+        (
+            "eval.tasks=[kv] eval.every=9 tasks.kv.lengths=[3]",
+            "tasks.kv.lengths: 3 tokens hold no example; ",
+        ),
+        (
+            "eval.tasks=[position] eval.every=9 tasks.position.length=999",
+            "tasks.position.length=999: no document of the split is so long; allowed: 2 to ",
+        ),
         ("tasks.kv.depth=1", "tasks.kv.depth=1: unknown key; allowed: tasks.kv.lengths, "),
         ("data.task=kv", "data.task=kv: allowed: null; data=task takes one"),
-        ("data=task data.task=position", "data.task=position: has no examples; allowed: copy, "),
+        (
+            "data=task data.source=files data.task=position",
+            "data.task=position: has no examples; allowed: copy, ",
+        ),
         ("data=task data.task=f1", "Interpolation key 'tasks.f1' not found; full_key: data."),
         ("trainer.steps=[1", "'trainer.steps=[1': not understood"),
         ("trainer.precision=fp8", "trainer.precision=fp8: allowed: fp32, bf16, fp64 or null"),

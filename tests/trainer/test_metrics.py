@@ -3,9 +3,11 @@
 import json
 import resource
 
+import numpy as np
 import pytest
 import torch
 
+from trainer.evals.pictures import draw_heat_map
 from trainer.metrics import MetricsFile, TensorBoard, peak_flops, peak_memory_gib
 
 
@@ -55,16 +57,19 @@ def test_lines_wait_while_the_disk_is_full(tmp_path, caplog):
     ]
 
 
-def test_tensorboard_gets_every_number(tmp_path):
+def test_tensorboard_gets_every_number_and_picture(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = TensorBoard(tmp_path)
+    draw_heat_map(tmp_path / "map.png", np.eye(2), columns=[16, 32], rows=[0.0, 1.0], title="")
+    board.show("eval_niah", tmp_path / "map.png", 3)
     board.log({"step": 3, "loss": 1.5, "mfu": None})
     board.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert events.Tags()["scalars"] == ["loss"]
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(3, 1.5)]
+    assert [(e.step, e.width > 300) for e in events.Images("eval_niah")] == [(3, True)]
 
 
 def test_what_a_cpu_says_of_itself():

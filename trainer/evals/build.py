@@ -1,11 +1,15 @@
 """From names of tasks and the section `tasks` to what runs them."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from trainer.construct import construct
+from trainer.data import Data
 from trainer.errors import ConfigError
-from trainer.evals.task import Task
+from trainer.evals.suite import Suite
+from trainer.evals.task import Bench, Task
+from trainer.settings import Evaluation
 
 APART = ("lm_eval",)  # needs a model that is whole, and minutes: not while training
 
@@ -29,3 +33,15 @@ def build_tasks(
         )
     among = {name: section for name, section in sections.items() if name not in APART}
     return {name: build_task(name, among, "eval.tasks") for name in names}
+
+
+def build_suite(
+    evaluation: Evaluation, sections: Mapping[str, Any], bench: Bench, folder: Path
+) -> Suite:
+    """What a run evaluates while it trains, if it does; pictures go to folder."""
+    planned = isinstance(bench.data, Data)
+    tasks = build_tasks(evaluation.tasks, sections, planned=planned)
+    suite = Suite(tasks=tasks, bench=bench, folder=folder)
+    if evaluation.every:
+        suite.check()
+    return suite

@@ -40,24 +40,16 @@ class Harness:
     def names(self, seq_len: int) -> list[str]:
         return []  # only the harness knows
 
+    def check(self, bench: Bench) -> None:
+        self._manager()
+
     def run(self, bench: Bench) -> Result:
         """<task>_<metric>, and <task>_<metric>_<filter> where answers are filtered."""
-        try:
-            from lm_eval import simple_evaluate
-            from lm_eval.tasks import TaskManager
-        except ImportError as error:
-            raise ConfigError(
-                f"task=lm_eval: {error}; allowed: with lm-eval installed, pip install -e '.[eval]'"
-            ) from error
+        manager = self._manager()
+        from lm_eval import simple_evaluate
+
         from trainer.evals.harness import HarnessModel
 
-        manager = TaskManager(include_path=self.include_path)
-        unknown = [name for name in self.tasks if not manager.match_tasks([name])]
-        if unknown:
-            raise ConfigError(
-                f"tasks.lm_eval.tasks: the harness has no {unknown[0]}; allowed: what `lm_eval ls "
-                "tasks` lists, or with tasks.lm_eval.include_path=FOLDER what its YAML files name"
-            )
         model = HarnessModel(bench, max_length=self.max_length)
         found = simple_evaluate(
             model=model,
@@ -70,6 +62,23 @@ class Harness:
         if model.cut:
             log.warning("%d contexts were cut to %s tokens", model.cut, self.max_length)
         return Result(figures=flat(found["results"]))
+
+    def _manager(self) -> Any:
+        """The harness's own, that knows the tasks."""
+        try:
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise ConfigError(
+                f"task=lm_eval: {error}; allowed: with lm-eval installed, pip install -e '.[eval]'"
+            ) from error
+        manager = TaskManager(include_path=self.include_path)
+        unknown = [name for name in self.tasks if not manager.match_tasks([name])]
+        if unknown:
+            raise ConfigError(
+                f"tasks.lm_eval.tasks: the harness has no {unknown[0]}; allowed: what `lm_eval ls "
+                "tasks` lists, or with tasks.lm_eval.include_path=FOLDER what its YAML files name"
+            )
+        return manager
 
 
 def flat(results: dict[str, dict[str, Any]]) -> Figures:

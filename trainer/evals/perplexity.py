@@ -13,6 +13,9 @@ class Perplexity:
     def names(self, seq_len: int) -> list[str]:
         return ["loss", "perplexity", "tokens"]
 
+    def check(self, bench: Bench) -> None:
+        """Without documents there are no figures."""
+
     def run(self, bench: Bench) -> Result:
         total = np.zeros(2)  # loss, tokens
         for batch, scores in bench.score_documents():

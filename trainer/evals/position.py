@@ -31,9 +31,12 @@ class LossByPosition:
         length = self.length or seq_len
         return [f"loss_{2**i}" for i in range((length - 1).bit_length())]
 
+    def check(self, bench: Bench) -> None:
+        self._places(bench)
+
     def run(self, bench: Bench) -> Result:
         length = self.length or bench.data.seq_len
-        places = self._places(bench, length)
+        places = self._places(bench)
         store = bench.documents.store
 
         def window(i: int) -> Run:
@@ -61,8 +64,9 @@ class LossByPosition:
 
         return Result(figures=dict(zip(names, means.tolist(), strict=True)), draw=draw)
 
-    def _places(self, bench: Bench, length: int) -> NDArray[np.int64]:
+    def _places(self, bench: Bench) -> NDArray[np.int64]:
         """[windows, 2]: document and start of each."""
+        length = self.length or bench.data.seq_len
         documents = bench.documents.documents(bench.split)
         lengths = bench.documents.store.lengths[documents]
         counts = lengths // length

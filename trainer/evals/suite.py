@@ -35,6 +35,11 @@ class Suite:
             for figure in made.names(seq_len)
         ]
 
+    def check(self) -> None:
+        """Raises ConfigError for what would end the first evaluation."""
+        for task in self.tasks.values():
+            task.check(self.bench)
+
     def run(self, step: int, before: Callable[[], None]) -> Evaluated:
         """Collective; `before` is called ahead of every batch, what it raises ends it all."""
         self.bench.scorer.before = before

@@ -63,6 +63,12 @@ class Synthetic(ABC):
         sizes = self.sizes(seq_len)
         return ["accuracy", "token_accuracy", "loss", *(f"accuracy_{size}" for size in sizes)]
 
+    def check(self, bench: Bench) -> None:
+        """By making all examples of the shortest length."""
+        shortest = self.sizes(bench.data.seq_len)[0]
+        for i in range(len(self.depths) * self.samples):
+            self.example(bench.text, self.draw(EVALUATION, i), length=shortest, depth=1.0)
+
     def run(self, bench: Bench) -> Result:
         """accuracy: share of answers that are right; token_accuracy: of their tokens; loss: nats a
         token of them."""

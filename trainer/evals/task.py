@@ -109,6 +109,10 @@ class Task(Protocol):
         """Of its figures, where rows have seq_len tokens."""
         ...
 
+    def check(self, bench: Bench) -> None:
+        """Raises ConfigError, without the model, if `run` could not be done."""
+        ...
+
     def run(self, bench: Bench) -> Result:
         """Collective; the same on every rank. Raises ConfigError."""
         ...
