@@ -111,7 +111,6 @@ def load_engine(
         sections = open_weights(path).config
     ops = build_ops(config["ops"], mesh.device, numerics.products)
     model = build_model(sections["model"], sections["mixer"], vocab_size=vocab_size, ops=ops)
-    model.requires_grad_(False)
     blueprint = copy.deepcopy(model)
     engine = build_engine(model, {**config, "optim": IDLE}, settings, numerics, parallelism, mesh)
     with naming("checkpoint", checkpoint):
