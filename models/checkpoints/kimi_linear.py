@@ -84,7 +84,12 @@ ABSENT: Config = {
 }
 MODEL_FIXED: Config = {"tie_embeddings": False, "residual_block": None}
 KDA_FIXED: Config = {"gate_lower_bound": None, "full_rank_gate": False}
-MLA_FIXED: Config = {"rope_base": None, "output_gate": False, "norm_eps": 1e-6}
+MLA_FIXED: Config = {
+    "rope_base": None,
+    "rope_factor": 1.0,
+    "output_gate": False,
+    "norm_eps": 1e-6,
+}
 
 _DENSE = re.compile(r"\.block_sparse_moe\.((?:gate|up|down)_proj)\.")
 

@@ -147,7 +147,7 @@ def test_evaluate_without_a_source_takes_what_training_held_out(trained, run):
         ("generate", ["prompt=a", "tokens=0"], "tokens=0: allowed: 1 or more"),
         ("generate", ["prompt="], "prompt is empty"),
         ("generate", ["prompt=a", "top_p=0"], "top_p=0: allowed: above 0"),
-        ("evaluate", ["task=nosuch"], "task=nosuch: allowed: perplexity"),
+        ("evaluate", ["task=nosuch"], "task=nosuch: allowed: copy, kv, lm_eval, mqar, "),
         ("convert", ["target=new", "format=onnx"], "format=onnx: allowed: hf, native"),
     ],
 )

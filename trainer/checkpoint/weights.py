@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from models.checkpoints.config import Config, layer_mixers
+from models.checkpoints.config import Config
 from models.checkpoints.families import family_of
 from models.checkpoints.shards import ShardReader, has_shards
 from models.checkpoints.table import Shape, check_shapes, published_shapes
@@ -142,7 +142,8 @@ def _read_config(folder: Path, shapes: dict[str, Shape]) -> Config:
     sections = _parse(path, yaml.safe_load)
     try:
         model = {**sections["model"], "vocab_size": shapes["embed.weight"][0]}
-        mixer = {name: sections["mixer"][name] for name in dict.fromkeys(layer_mixers(model))}
+        model["pattern"] = model["pattern"][: model["num_layers"]]  # of a pattern, what is in use
+        mixer = {name: sections["mixer"][name] for name in dict.fromkeys(model["pattern"])}
     except KeyError as error:
         raise ValueError(f"{folder} is not a model of ours: it lacks {error}") from None
     return {"model": model, "mixer": mixer, "tokens": sections.get("tokens", {})}
