@@ -33,7 +33,7 @@ class Progress:
         now = time.monotonic()
         if self._bar.disable and now - self._told > _SECONDS:
             self._told = now
-            logger.info("tokenized %s", self)
+            logger.info("tokenized %s", str(self))  # now, not when a handler asks
 
     def __exit__(
         self,
@@ -43,7 +43,7 @@ class Progress:
     ) -> None:
         self._bar.close()
         if error is None:
-            logger.info("tokenized %s", self)
+            logger.info("tokenized %s", str(self))  # now, not when a handler asks
 
     def __str__(self) -> str:
         seconds = time.monotonic() - self._start

@@ -1,16 +1,14 @@
 """Key-value retrieval: lines of keys and numbers, and the question for one of them."""
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.random import Generator
 
 from trainer.batch import Run
 from trainer.data.text import Text
-from trainer.evals.synthetic import Synthetic, Tokens, answered, number
+from trainer.evals.synthetic import NumberTask, Tokens, answered
 
 
-class KeyValueRetrieval(Synthetic):
+class KeyValueRetrieval(NumberTask):
     """As many lines as fit, in the manner of arXiv 2307.03172; what is left is text before them.
     The depth is that of the line asked for among all.
 
@@ -19,20 +17,6 @@ class KeyValueRetrieval(Synthetic):
 
     name = "kv"
 
-    def __init__(
-        self,
-        *,
-        lengths: Sequence[int] | None,
-        samples: int,
-        seed: int,
-        depths: Sequence[float],
-        digits: int,
-    ) -> None:
-        super().__init__(lengths=lengths, samples=samples, seed=seed, depths=depths)
-        if digits < 1:
-            raise ValueError(f"digits is {digits}; allowed: 1 or more")
-        self.digits = digits
-
     def example(self, text: Text, draw: Generator, *, length: int, depth: float) -> Run:
         ending = text.encode("\n")
         pairs: list[tuple[Tokens, Tokens]] = []
@@ -40,7 +24,7 @@ class KeyValueRetrieval(Synthetic):
         filled = longest = 0
         while True:
             name = f"{text.words[int(draw.integers(len(text.words)))]}{draw.integers(10_000):04}"
-            key, value = text.encode(f"{name}:"), number(text, draw, self.digits)
+            key, value = text.encode(f"{name}:"), self.number(text, draw)
             longest = max(longest, len(key) + len(value))  # whichever line is asked for has room
             line = len(key) + len(value) + len(ending)
             if filled + line + len(ending) + longest > length:

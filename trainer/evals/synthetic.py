@@ -120,6 +120,28 @@ class Synthetic(ABC):
         )
 
 
+class NumberTask(Synthetic):
+    """The answer is a number with so many digits."""
+
+    def __init__(
+        self,
+        *,
+        lengths: Sequence[int] | None,
+        samples: int,
+        seed: int,
+        depths: Sequence[float],
+        digits: int,
+    ) -> None:
+        super().__init__(lengths=lengths, samples=samples, seed=seed, depths=depths)
+        if digits < 1:
+            raise ValueError(f"digits is {digits}; allowed: 1 or more")
+        self.digits = digits
+
+    def number(self, text: Text, draw: Generator) -> Tokens:
+        """A random one behind a blank."""
+        return text.encode(" " + "".join(map(str, draw.integers(10, size=self.digits))))
+
+
 def answered(parts: Sequence[tuple[Tokens, bool]]) -> Run:
     """The parts one behind the other; labels on those marked as an answer."""
     tokens = np.concatenate([part for part, _ in parts])
@@ -127,11 +149,6 @@ def answered(parts: Sequence[tuple[Tokens, bool]]) -> Run:
     labels = np.full(len(tokens), IGNORE_INDEX, np.int64)
     labels[:-1][asked[1:]] = tokens[1:][asked[1:]]
     return Run(tokens, labels=labels)
-
-
-def number(text: Text, draw: Generator, digits: int) -> Tokens:
-    """A blank and as many random digits."""
-    return text.encode(" " + "".join(map(str, draw.integers(10, size=digits))))
 
 
 def words(text: Text, draw: Generator, count: int) -> Tokens:
