@@ -85,6 +85,10 @@ ABSENT: Config = {
 MODEL_FIXED: Config = {"tie_embeddings": False, "residual_block": None}
 KDA_FIXED: Config = {"gate_lower_bound": None, "full_rank_gate": False}
 MLA_FIXED: Config = {
+    "num_kv_heads": None,
+    "latent_norm": True,
+    "bias": False,
+    "scale": None,
     "rope_base": None,
     "rope_factor": 1.0,
     "output_gate": False,

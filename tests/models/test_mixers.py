@@ -14,6 +14,8 @@ PACKINGS = [[[90], [90]], [[1, 2, 61, 26], [64, 26]]]
 OPTIONS = [
     ("gqa", {"qk_norm": True, "output_gate": True, "rope_base": None}),
     ("mla", {"rope_base": 10_000.0, "q_rank": 16, "output_gate": True}),
+    ("mla", {"num_kv_heads": 2, "latent_norm": False, "bias": True, "scale": 0.3}),
+    ("mla", {"q_rank": 16, "bias": True, "nope_dim": 0}),
     ("kda", {"gate_lower_bound": -5.0, "full_rank_gate": True}),
     ("kda", {"conv_width": 1}),
 ]
@@ -95,10 +97,12 @@ def test_options_keep_the_laws_and_reach_every_parameter(name, keywords):
     assert all(value.abs().max() > 0 for value in fast.values())
 
 
-@pytest.mark.parametrize("name", ["gqa", "mla"])
-def test_flops_are_those_of_the_matrix_products(name):
+@pytest.mark.parametrize(
+    ("name", "keywords"), [("gqa", {}), ("mla", {}), ("mla", {"num_kv_heads": 1, "nope_dim": 0})]
+)
+def test_flops_are_those_of_the_matrix_products(name, keywords):
     """The definition multiplies whole rows, so that every token sees the full context."""
-    mixer = make_mixer(name, REFERENCE)
+    mixer = make_mixer(name, REFERENCE, **keywords)
     with FlopCounterMode(display=False) as counter:
         mixer(make_input(1, 32), SequenceInfo.span(1, 0, 32))
     assert counter.get_total_flops() == 32 * mixer.flops_per_token(32)
@@ -148,5 +152,7 @@ def test_gates_stay_wide_under_autocast():
 def test_wrong_sizes_are_named():
     with pytest.raises(ConfigError, match="num_kv_heads is 3; it must divide num_heads = 4"):
         make_mixer("gqa", num_kv_heads=3)
+    with pytest.raises(ConfigError, match="num_kv_heads is 3; it must divide num_heads = 4"):
+        make_mixer("mla", num_kv_heads=3)
     with pytest.raises(ConfigError, match="gate_lower_bound is 5"):
         make_mixer("kda", gate_lower_bound=5.0)
