@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from trainer.data.corpus import Split
 from trainer.engine import Engine
 from trainer.engine.ddp import DDPEngine
 from trainer.errors import ConfigError, naming
-from trainer.evals.build import build_task
+from trainer.evals.build import benches, build_task
 from trainer.evals.scoring import Scorer
-from trainer.evals.suite import draw
+from trainer.evals.suite import draw, joined
 from trainer.evals.task import Bench, finite
 from trainer.generation import generate
 from trainer.load import tokenizer_of
@@ -60,7 +60,7 @@ def run_task(
         raise ConfigError("data.streaming=true: evaluation reads a token store; allowed: false")
     config = {"task": task, "tasks": tasks[task], "split": split, "trainer": trainer}
     check_agreement(config | {"parallel": parallel}, documents.identity(), mesh)
-    chosen = sum(len(corpus.documents(split)) for corpus in documents.corpora)
+    chosen = sum(len(corpus.documents(split)) for corpus in documents.corpora.values())
     if not chosen:
         raise ConfigError(f"split={split}: the source has no such document; allowed: all")
     log.info("%s: %d documents of data=%s, split %s", task, chosen, data["source"], split)
@@ -82,13 +82,17 @@ def run_task(
         split=split,
         write=writer(loaded),
     )
-    result = made.run(bench)
-    if output is not None and result.draw is not None and mesh.main:
-        path = Path(output).expanduser() / f"{task}.png"
-        if draw(result, path):
-            log.info("picture in %s", path)
-    cells = {"cells": [finite(cell) for cell in result.cells]} if result.cells else {}
-    return {**finite(result.figures), **cells}
+    told: dict[str, Any] = {}
+    for source, own in benches(task, made, bench).items():
+        result = made.run(own)
+        if output is not None and result.draw is not None and mesh.main:
+            path = Path(output).expanduser() / f"{joined(task, source)}.png"
+            if draw(result, path):
+                log.info("picture in %s", path)
+        cells = {"cells": [finite(cell) for cell in result.cells]} if result.cells else {}
+        figures = {**finite(result.figures), **cells}
+        told |= {joined(source, name): value for name, value in figures.items()}
+    return told
 
 
 def load_engine(
@@ -137,8 +141,21 @@ def writer(engine: Engine) -> Callable[..., Iterator[Tensor]] | None:
 IDLE = {"_target_": "trainer.optim.adamw", "lr": 1.0}
 
 
-def trained_on(checkpoint: str) -> Mapping[str, Any] | None:
-    """The section `data` of the run that wrote a checkpoint or a run folder; None for others."""
+def trained_with(checkpoint: str) -> Mapping[str, Any]:
+    """The configuration of the run that wrote a checkpoint or a run folder; empty for others."""
     path = Path(checkpoint) / "config.yaml"
-    config = yaml.safe_load(path.read_text()) if path.is_file() else {}
-    return config.get("data")
+    return yaml.safe_load(path.read_text()) if path.is_file() else {}
+
+
+def take_over(
+    path: str, section: Mapping[str, Any], run: Mapping[str, Any], given: Collection[str]
+) -> dict[str, Any]:
+    """The section at `path` with the values of the run, but for the keys given, by full names."""
+    taken = dict(section)
+    for key, value in run.items():
+        place = f"{path}.{key}"
+        if isinstance(value, Mapping) and isinstance(section.get(key), Mapping):
+            taken[key] = take_over(place, section[key], value, given)
+        elif place not in given:
+            taken[key] = value
+    return taken

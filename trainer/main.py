@@ -37,7 +37,7 @@ from trainer.checkpoint.weights import open_weights
 from trainer.console import configure_logging, log, log_to_file
 from trainer.construct import call
 from trainer.errors import ConfigError, TrainingError
-from trainer.evaluate import run_task, trained_on
+from trainer.evaluate import run_task, take_over, trained_with
 from trainer.generation import write_text
 from trainer.prepare_data import prepare_or_inspect
 from trainer.run_folder import session, write_whole
@@ -230,10 +230,10 @@ def evaluate(config: dict[str, Any]) -> None:
     for reason in reasons:
         log.info("auto    %s", reason)
     given = [override.partition("=")[0] for override in HydraConfig.get().overrides.task]
-    if "data" not in given:
-        changed = [key.removeprefix("data.") for key in given if key.startswith("data.")]
-        own = trained_on(str(config["checkpoint"])) or {}
-        config["data"] |= {key: value for key, value in own.items() if key not in changed}
+    run = trained_with(str(config["checkpoint"]))
+    for section in ("data", "tasks"):
+        if section not in given:
+            config[section] = take_over(section, config[section], run.get(section, {}), given)
     split = config["split"] or ("all" if "data" in given else "eval")
     with meshes.membership(mesh):
         figures = call(run_task, config | {"split": split}, "", mesh=mesh)

@@ -12,6 +12,7 @@ from models.sequence import SequenceInfo
 from tests.trainer.tiny import overrides
 from trainer import main
 from trainer.console import close_logging
+from trainer.evaluate import take_over
 from trainer.generation import generate
 from trainer.load import load_model
 
@@ -53,9 +54,9 @@ def load(path, dtype=torch.float32):
 def trained(run, folder):
     """The run folder; two steps, then two more resumed."""
     if not (folder / "run").exists():
-        total = "schedule.total_steps=4"
-        run("train", *overrides(folder, *HYBRID, "trainer.steps=2", total))
-        assert "resumed from" in run("train", *overrides(folder, *HYBRID, total))
+        common = [*HYBRID, "schedule.total_steps=4", "tasks.kv.lengths=[47]", "tasks.kv.samples=2"]
+        run("train", *overrides(folder, *common, "trainer.steps=2"))
+        assert "resumed from" in run("train", *overrides(folder, *common))
     return folder / "run"
 
 
@@ -139,6 +140,22 @@ def test_evaluate_without_a_source_takes_what_training_held_out(trained, run):
     figures = json.loads(run("evaluate", f"checkpoint={trained}").splitlines()[-1])
     whole = json.loads(run("evaluate", f"checkpoint={trained}", "split=all").splitlines()[-1])
     assert 0 < figures["tokens"] < whole["tokens"]
+
+
+def test_evaluate_asks_what_training_would_have_asked(trained, run):
+    kv = (f"checkpoint={trained}", "task=kv", "tasks.kv.depths=[0.0,0.5]")
+    figures = json.loads(run("evaluate", *kv).splitlines()[-1])
+    assert [name for name in figures if name.startswith("accuracy_")] == ["accuracy_47"]
+    assert [cell["depth"] for cell in figures["cells"]] == [0.0, 0.5]
+    figures = json.loads(run("evaluate", *kv, "tasks.kv.lengths=[45]").splitlines()[-1])
+    assert [name for name in figures if name.startswith("accuracy_")] == ["accuracy_45"]
+
+
+def test_what_the_command_line_gives_stands_before_what_the_run_had():
+    section = {"seq_len": 4, "long_documents": {"above": 5, "repeat": 2}, "path": None}
+    run = {"seq_len": 8, "long_documents": {"above": 7, "repeat": 3}, "path": "here"}
+    taken = take_over("data", section, run, ["data.seq_len", "data.long_documents.above", "path"])
+    assert taken == {"seq_len": 4, "long_documents": {"above": 5, "repeat": 3}, "path": "here"}
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_processes_read_what_a_thread_reads_and_heed_nobody(folder):
 
 def test_what_a_process_cannot_read_is_one_line(folder):
     broken = loader(folder, 1)
-    store: TokenStore = broken.stream.data.store
+    store: TokenStore = broken.stream.data.corpora[""].store
     broken.stream.data.reader._rows["", 16]._store = Unreadable(store)
     with pytest.raises(ConfigError, match=r"^token store x is damaged$"):
         broken.next()

@@ -4,13 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from trainer.batch import Batch
 from trainer.data.corpus import Corpus, PackedRows, Split
 from trainer.data.rows import Rows, RowSource
 from trainer.data.steps import RowId, Stage, Steps, interleave
-from trainer.data.store import TokenStore
 from trainer.data.tokenizer import Tokenizer
 
 NAMED_DOCUMENTS = 4  # of a batch, in an error message
@@ -80,18 +78,9 @@ class Data:
         return self.steps.stages
 
     @property
-    def corpora(self) -> list[Corpus]:
-        """The sources that are documents."""
-        return [source for source in self.sources.values() if isinstance(source, Corpus)]
-
-    @property
-    def store(self) -> TokenStore:
-        """Of the first corpus."""
-        return self.corpora[0].store
-
-    def documents(self, split: Split) -> NDArray[np.int64]:
-        """Indices of the documents in this split of `store`; "eval" may be empty."""
-        return self.corpora[0].documents(split)
+    def corpora(self) -> dict[str, Corpus]:
+        """The sources that are documents, by name."""
+        return {name: made for name, made in self.sources.items() if isinstance(made, Corpus)}
 
     def rows(self, source: str, seq_len: int) -> Rows:
         """Of a source at the length of one of the stages that read it."""
@@ -113,7 +102,7 @@ class Data:
         on one rank, once. All ranks get equally many batches, so that each forward pass meets its
         peers; where rows run out, one of padding stands in.
         """
-        corpora = {name: s for name, s in self.sources.items() if isinstance(s, Corpus)}
+        corpora = self.corpora
         names = list(corpora)
         plans = [corpus.held_out_plan(split, self.seq_len) for corpus in corpora.values()]
         owners, places = interleave(np.array([plan.rows for plan in plans], np.int64))

@@ -1,5 +1,7 @@
 """From names of tasks and the section `tasks` to what runs them."""
 
+import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,9 @@ from trainer.evals.task import Bench, Task
 from trainer.settings import Evaluation
 
 APART = ("lm_eval",)  # needs a model that is whole, and minutes: not while training
+WHOLE = ("lm_eval", "perplexity")  # not made of the documents of one source
+
+log = logging.getLogger(__name__)
 
 
 def build_task(name: str, sections: Mapping[str, Any], key: str = "task") -> Task:
@@ -41,7 +46,33 @@ def build_suite(
     """What a run evaluates while it trains, if it does; pictures go to folder."""
     planned = isinstance(bench.data, Data)
     tasks = build_tasks(evaluation.tasks, sections, planned=planned)
-    suite = Suite(tasks=tasks, bench=bench, folder=folder)
-    if evaluation.every:
-        suite.check()
-    return suite
+    on = {
+        name: benches(name, tasks[name], bench) if evaluation.every else {"": bench}
+        for name in tasks
+    }
+    return Suite(
+        tasks={name: (task, on[name]) for name, task in tasks.items()}, bench=bench, folder=folder
+    )
+
+
+def benches(name: str, task: Task, bench: Bench) -> dict[str, Bench]:
+    """What the task of that name is run on, by source: each source of a mixture that has what the
+    task needs; without a mixture, or for what is not made of documents, "" alone.
+
+    Raises ConfigError if nothing has.
+    """
+    corpora = bench.data.corpora if isinstance(bench.data, Data) and name not in WHOLE else [""]
+    found: dict[str, Bench] = {}
+    refused: dict[str, ConfigError] = {}
+    for source in corpora:
+        own = dataclasses.replace(bench, source=source)
+        try:
+            task.check(own)
+            found[source] = own
+        except ConfigError as error:
+            refused[source] = error
+    if not found:
+        raise next(iter(refused.values()))
+    for source, reason in refused.items():
+        log.info("eval    %s leaves out source %s: %s", name, source, reason)
+    return found

@@ -37,7 +37,7 @@ class LossByPosition:
     def run(self, bench: Bench) -> Result:
         length = self.length or bench.data.seq_len
         places = self._places(bench)
-        store = bench.documents.store
+        store = bench.corpus.store
 
         def window(i: int) -> Run:
             document, start = places[i]
@@ -67,8 +67,8 @@ class LossByPosition:
     def _places(self, bench: Bench) -> NDArray[np.int64]:
         """[windows, 2]: document and start of each."""
         length = self.length or bench.data.seq_len
-        documents = bench.documents.documents(bench.split)
-        lengths = bench.documents.store.lengths[documents]
+        documents = bench.corpus.documents(bench.split)
+        lengths = bench.corpus.store.lengths[documents]
         counts = lengths // length
         if not counts.sum():
             raise ConfigError(

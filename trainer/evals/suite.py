@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 class Evaluated(NamedTuple):
-    """figures: by the name they have in metrics.jsonl; pictures: by the task's name."""
+    """figures: by the name they have in metrics.jsonl; pictures: by task and source."""
 
     figures: Figures
     pictures: dict[str, Path]
@@ -20,9 +20,10 @@ class Evaluated(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """tasks: by name; folder: for pictures, which the main process draws."""
+    """tasks: by name, with the benches of `build.benches`; bench: of all documents; folder: for
+    pictures, which the main process draws."""
 
-    tasks: Mapping[str, Task]
+    tasks: Mapping[str, tuple[Task, Mapping[str, Bench]]]
     bench: Bench
     folder: Path
 
@@ -30,34 +31,37 @@ class Suite:
         """Of all its figures."""
         seq_len = self.bench.data.seq_len
         return [
-            figure_name(task, figure)
-            for task, made in self.tasks.items()
-            for figure in made.names(seq_len)
+            figure_name(name, source, figure)
+            for name, (task, benches) in self.tasks.items()
+            for source in benches
+            for figure in task.names(seq_len)
         ]
-
-    def check(self) -> None:
-        """Raises ConfigError for what would end the first evaluation."""
-        for task in self.tasks.values():
-            task.check(self.bench)
 
     def run(self, step: int, before: Callable[[], None]) -> Evaluated:
         """Collective; `before` is called ahead of every batch, what it raises ends it all."""
         self.bench.scorer.before = before
         figures: Figures = {}
         pictures: dict[str, Path] = {}
-        for name, task in self.tasks.items():
-            result = task.run(self.bench)
-            figures |= {figure_name(name, key): x for key, x in result.figures.items()}
-            if result.draw is not None and self.bench.mesh.main:
-                path = self.folder / f"{name}_step_{step:08}.png"
-                if draw(result, path):
-                    pictures[name] = path
+        for name, (task, benches) in self.tasks.items():
+            for source, bench in benches.items():
+                result = task.run(bench)
+                named = {figure_name(name, source, key): x for key, x in result.figures.items()}
+                figures |= named
+                shown = joined(name, source)
+                path = self.folder / f"{shown}_step_{step:08}.png"
+                if result.draw is not None and bench.mesh.main and draw(result, path):
+                    pictures[shown] = path
         return Evaluated(figures, pictures)
 
 
-def figure_name(task: str, figure: str) -> str:
-    """eval_loss and so on for the task that every run has, eval_<task>_<figure> for others."""
-    return f"eval_{figure}" if task == "perplexity" else f"eval_{task}_{figure}"
+def figure_name(task: str, source: str, figure: str) -> str:
+    """eval_loss and so on for the task that every run has, eval_<task>_<figure> for others, with
+    the source of a mixture between them."""
+    return joined("eval", "" if task == "perplexity" else task, source, figure)
+
+
+def joined(*names: str) -> str:
+    return "_".join(filter(None, names))
 
 
 def draw(result: Result, path: Path) -> bool:

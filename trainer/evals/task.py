@@ -17,7 +17,7 @@ from parallel.collectives import sum_over_ranks
 from parallel.mesh import Mesh
 from trainer.batch import Batch, Run
 from trainer.data import Data, StreamedData
-from trainer.data.corpus import Split
+from trainer.data.corpus import Corpus, Split
 from trainer.data.text import Text
 from trainer.engine import TokenScores
 from trainer.evals.scoring import LOSS, Scorer, outcome, score_runs
@@ -39,7 +39,8 @@ class Result:
 class Bench:
     """A model to be scored, and documents.
 
-    split: which ones; batches: how many micro-batches of whole documents a rank scores, None: all.
+    source: of a mixture, whose documents a task makes its questions of. split: which documents;
+    batches: how many micro-batches of whole ones, of all sources, a rank scores, None: all.
     write: yields new tokens [1] behind a prompt [1, seq], where this rank alone can; see
     `trainer.generation.generate`.
     """
@@ -48,20 +49,21 @@ class Bench:
     mesh: Mesh
     data: Data | StreamedData
     micro_batch_size: int
+    source: str = ""
     split: Split = "eval"
     batches: int | None = None
     write: Callable[..., Iterator[Tensor]] | None = None
 
     @property
-    def documents(self) -> Data:
-        """Of a token store, which `build_tasks` has seen to."""
+    def corpus(self) -> Corpus:
+        """The source's; `build_tasks` has seen to it that there is a token store."""
         assert isinstance(self.data, Data)
-        return self.data
+        return self.data.corpora[self.source]
 
     @cached_property
     def text(self) -> Text:
-        data = self.documents
-        return Text(data.store, data.tokenizer, data.documents(self.split))
+        corpus = self.corpus
+        return Text(corpus.store, self.data.tokenizer, corpus.documents(self.split))
 
     def score_documents(self) -> Iterator[tuple[Batch, TokenScores]]:
         """Rows of documents, those of this data rank."""

@@ -55,6 +55,12 @@ def read(data, *rows, source="", seq_len=None):
     return data.reader.batch(data.locate(ids, seq_len), seq_len)
 
 
+def corpus(data):
+    """The documents of the only source."""
+    (made,) = data.corpora.values()
+    return made
+
+
 def packed(data, source="", seq_len=None):
     """The rows of a source."""
     return data.rows(source, seq_len or data.seq_len)

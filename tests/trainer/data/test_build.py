@@ -5,7 +5,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from tests.trainer.data.helpers import packed, read
+from tests.trainer.data.helpers import corpus, packed, read
 from trainer.data import build_data
 
 CONF = Path(__file__).parents[3] / "conf"
@@ -30,7 +30,8 @@ def test_default_configuration_reads_the_standard_library(tmp_path):
     batch = read(data, *((0, row) for row in range(4)))
     assert batch.tokens.shape == (4, 2048)
     assert batch.valid_labels > 0.9 * batch.labels.numel()
-    assert 0 < len(data.documents("eval")) < 0.1 * len(data.store)
+    made = corpus(data)
+    assert 0 < len(made.documents("eval")) < 0.1 * len(made.store)
     assert packed(data).plan(0).padding_share < 0.01
-    document = next(i for i in range(len(data.store)) if data.store.name(i) == "json/decoder.py")
-    assert "class JSONDecoder" in data.tokenizer.decode(data.store.read(document, 0, 10**6))
+    document = next(i for i in range(len(made.store)) if made.store.name(i) == "json/decoder.py")
+    assert "class JSONDecoder" in data.tokenizer.decode(made.store.read(document, 0, 10**6))

@@ -4,7 +4,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from tests.trainer.data.helpers import LENGTHS, build, packed, read, write_documents
+from tests.trainer.data.helpers import LENGTHS, build, corpus, packed, read, write_documents
 from trainer.batch import IGNORE_INDEX
 from trainer.data.corpus import held_out
 from trainer.errors import ConfigError
@@ -22,10 +22,10 @@ def scored_pairs(batch):
     return Counter(zip(batch.tokens[valid].tolist(), batch.labels[valid].tolist(), strict=True))
 
 
-def document_pairs(data, documents):
+def document_pairs(corpus, documents):
     pairs = Counter()
     for document in documents:
-        tokens = data.store.read(document, 0, 10**9).tolist()
+        tokens = corpus.store.read(document, 0, 10**9).tolist()
         pairs.update(pairwise(tokens))
     return pairs
 
@@ -36,7 +36,7 @@ def test_an_epoch_scores_every_token_with_a_successor_once(folder, seq_len):
     pairs = Counter()
     for row in range(packed(data).count(0)):
         pairs += scored_pairs(read(data, (0, row)))
-    assert pairs == document_pairs(data, data.documents("train"))
+    assert pairs == document_pairs(corpus(data), corpus(data).documents("train"))
 
 
 @pytest.mark.parametrize("split", ["train", "eval", "all"])
@@ -52,13 +52,13 @@ def test_evaluation_scores_every_token_once_on_some_rank(folder, ranks, split):
     assert all(1 <= batch.tokens.shape[0] <= 2 for batch in batches)
     assert all(batch.valid_labels == (batch.labels != -100).sum() for batch in batches)
     pairs = sum((scored_pairs(batch) for batch in batches), Counter())
-    assert pairs == document_pairs(data, data.documents(split))
+    assert pairs == document_pairs(corpus(data), corpus(data).documents(split))
 
 
 def test_evaluation_drops_no_long_document(folder):
     data = build(folder, overlong="drop")
     pairs = sum(map(scored_pairs, data.eval_batches(micro_batch_size=4, split="all")), Counter())
-    assert pairs == document_pairs(data, range(len(LENGTHS)))
+    assert pairs == document_pairs(corpus(data), range(len(LENGTHS)))
 
 
 def test_rows_hold_documents_in_their_fragments_and_then_padding(folder):
@@ -82,21 +82,21 @@ def test_batch_names_rows_and_documents(folder):
 
 
 def test_splits_are_disjoint_complete_and_seed_free(folder):
-    data = build(folder)
-    train, evaluation = data.documents("train"), data.documents("eval")
+    made = corpus(build(folder))
+    train, evaluation = made.documents("train"), made.documents("eval")
     assert 0 < len(evaluation) < len(train)
-    assert sorted([*train, *evaluation]) == data.documents("all").tolist()
-    assert build(folder, seed=1).documents("eval").tolist() == evaluation.tolist()
+    assert sorted([*train, *evaluation]) == made.documents("all").tolist()
+    assert corpus(build(folder, seed=1)).documents("eval").tolist() == evaluation.tolist()
 
 
 def test_copies_share_a_side(folder):
     for path in list((folder / "text").iterdir()):
         path.with_name(f"copy_{path.name}").write_bytes(path.read_bytes())
-    data = build(folder)
+    made = corpus(build(folder))
     sides = {"train": set(), "eval": set()}
     for side, contents in sides.items():
         contents.update(
-            bytes(data.store.read(i, 0, 99)[:-1].astype(np.uint8)) for i in data.documents(side)
+            bytes(made.store.read(i, 0, 99)[:-1].astype(np.uint8)) for i in made.documents(side)
         )
     assert not sides["train"] & sides["eval"]
 

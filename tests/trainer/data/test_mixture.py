@@ -56,7 +56,7 @@ def test_evaluation_scores_every_source_and_any_beginning_of_it_in_proportion(fo
     data = mixture(folder)
     batches = list(data.eval_batches(micro_batch_size=1, split="all"))
     expected = Counter()
-    for corpus in data.corpora:
+    for corpus in data.corpora.values():
         expected += document_pairs(corpus, corpus.documents("all"))
     assert sum(map(scored_pairs, batches), Counter()) == expected
     names = [batch.source.removeprefix("evaluation, ")[0] for batch in batches]

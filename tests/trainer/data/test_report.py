@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tests.trainer.data.helpers import build, packed, write_documents
+from tests.trainer.data.helpers import build, corpus, packed, write_documents
 from trainer.data import TrainStream
 from trainer.data.balance import RowCost
 from trainer.data.report import by_length, describe
@@ -21,12 +21,12 @@ def folder(tmp_path_factory):
 def test_tokens_and_pairs_by_document_length_are_those_of_the_rows(folder):
     data = build(folder)
     expected = np.zeros((2, 64))
-    rows = packed(data)
+    rows, lengths = packed(data), corpus(data).store.lengths
     for row in range(rows.count(0)):
         for piece in rows.plan(0).row(row):
-            power = len(f"{int(data.store.lengths[piece.document]):b}") - 1
+            power = len(f"{int(lengths[piece.document]):b}") - 1
             expected[:, power] += piece.length, piece.length * (piece.length + 1) // 2
-    found = by_length(rows.plan(0), data.store.lengths)
+    found = by_length(rows.plan(0), lengths)
     assert found.tolist() == expected.tolist()
     assert found[0].sum() == rows.plan(0).tokens
 

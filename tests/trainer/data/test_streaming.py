@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from tests.trainer.data.helpers import build, write_documents
+from tests.trainer.data.helpers import build, corpus, write_documents
 from tests.trainer.data.test_dataset import document_pairs, scored_pairs
 from tests.trainer.data.test_stream import same, take
 from trainer.data import DocumentStream, TrainStream
@@ -36,7 +36,7 @@ def rows_of(data, epochs):
 @pytest.mark.parametrize("window", [1, 3, 100])
 @pytest.mark.parametrize("seq_len", [2, 16, 100])
 def test_an_epoch_scores_every_token_once_and_none_that_is_held_out(folder, seq_len, window):
-    prepared = build(folder, seq_len=seq_len)
+    prepared = corpus(build(folder, seq_len=seq_len))
     expected = document_pairs(prepared, prepared.documents("train"))
     batches, _ = rows_of(streamed(folder, seq_len=seq_len, window=window), 2)
     pairs = sum(map(scored_pairs, batches), Counter())
@@ -53,7 +53,7 @@ def test_epochs_come_in_other_orders(folder):
 
 
 def test_the_same_documents_are_held_out_as_from_a_store(folder):
-    prepared, data = build(folder), streamed(folder, eval_documents=100)
+    prepared, data = corpus(build(folder)), streamed(folder, eval_documents=100)
     held = prepared.documents("eval")
     for ranks in (1, 3):
         shares = [

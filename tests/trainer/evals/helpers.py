@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tests.trainer.data.helpers import build
+from tests.trainer.data.helpers import build, corpus
 from trainer.data import Data
 from trainer.data.text import Text
 
@@ -19,7 +19,7 @@ def data(folder: Path, **changes) -> Data:
 
 def text(folder: Path, **changes) -> Text:
     made = data(folder, **changes)
-    return Text(made.store, made.tokenizer, made.documents("eval"))
+    return Text(corpus(made).store, made.tokenizer, corpus(made).documents("eval"))
 
 
 def hugging_face(folder: Path) -> str:
