@@ -145,7 +145,10 @@ class HybridLM(nn.Module):
         return [module for module in self.modules() if isinstance(module, Router)]
 
     def set_rope(self, *, base: float | None = None, factor: float | None = None) -> None:
-        """Of all rotary layers, for what follows; None: as each was made with."""
+        """Of all rotary layers, for what follows; None: as each was made with.
+
+        Raises ValueError where one was made with frequencies of its own.
+        """
         for module in self.modules():
             if isinstance(module, Rope):
                 module.set(base=base, factor=factor)

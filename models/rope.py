@@ -1,5 +1,10 @@
 """Rotary position embedding, arXiv 2104.09864."""
 
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -7,27 +12,84 @@ from models.precision import full_precision, widen
 from models.sequence import SequenceInfo
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """The rule of Llama 3.1 (arXiv 2407.21783) for a context longer than that of pre-training.
+
+    A frequency that turns fewer than low_freq_factor times in original_max_position_embeddings
+    tokens is divided by `factor`, one that turns more than high_freq_factor times is kept; between
+    them the share that is kept grows evenly with the turns. Raises ValueError where that makes no
+    sense.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: float
+
+    def __post_init__(self) -> None:
+        if self.factor <= 0 or self.original_max_position_embeddings < 1:
+            raise ValueError(f"rope_scaling is {self}; its factor and length must be above 0")
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(f"rope_scaling is {self}; allowed: 0 < low_freq_ < high_freq_factor")
+
+    @classmethod
+    def of(cls, keys: Mapping[str, Any]) -> "Scaling":
+        """Raises ValueError unless these are the four keys, all numbers."""
+        names = list(cls.__dataclass_fields__)
+        numbers = all(isinstance(value, int | float) for value in keys.values())
+        if set(keys) != set(names) or not numbers:
+            raise ValueError(f"rope_scaling is {dict(keys)}; its keys are {', '.join(names)}")
+        return cls(**keys)
+
+    def apply(self, frequencies: Tensor) -> Tensor:
+        turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
+        span = self.high_freq_factor - self.low_freq_factor
+        kept = ((turns - self.low_freq_factor) / span).clamp(0, 1)
+        return frequencies * (kept + (1 - kept) / self.factor)
+
+
 class Rope(nn.Module):
     """Rotates [batch, seq, heads, dim] by the positions of the tokens in their documents.
 
-    Entry i turns with entry i + dim / 2, at base^(-2i / dim) radians a token, divided by `factor`
-    (linear position interpolation, arXiv 2306.15595). Angles are fp32 or wider. Raises ValueError
-    for an odd dim, and for a base or factor that is not above 0.
+    Entry i turns with entry i + dim / 2, at base^(-2i / dim) radians a token, changed by `scaling`
+    if that is given, then divided by `factor` (linear position interpolation, arXiv 2306.15595); or
+    at frequencies[i] for a converted model that has kept some of the pairs of another. Angles are
+    fp32 or wider. Raises ValueError for an odd dim, a base or factor that is not above 0, and for
+    frequencies that are not one a pair or come with a base, factor or scaling.
     """
 
-    def __init__(self, dim: int, *, base: float = 10_000.0, factor: float = 1.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        *,
+        base: float | None = 10_000.0,
+        factor: float = 1.0,
+        scaling: Scaling | None = None,
+        frequencies: Sequence[float] | None = None,
+    ) -> None:
         super().__init__()
         if dim <= 0 or dim % 2:
             raise ValueError(f"rope needs an even head dim, got {dim}")
-        if base <= 0:
-            raise ValueError(f"rope_base is {base}; it must be above 0, or null")
         if factor <= 0:
             raise ValueError(f"rope_factor is {factor}; it must be above 0")
-        self.dim, self.base, self.factor = dim, base, factor
+        if frequencies is None and (base is None or base <= 0):
+            raise ValueError(f"rope_base is {base}; it must be above 0, or null")
+        if frequencies is not None:
+            _check_frequencies(frequencies, dim)
+            if base is not None or factor != 1.0 or scaling is not None:
+                raise ValueError(
+                    "rope_frequencies are given; they go with rope_base null, rope_factor 1 and "
+                    "rope_scaling null"
+                )
+        self.dim, self.base, self.factor, self.scaling = dim, base, factor, scaling
+        self.frequencies = None if frequencies is None else list(frequencies)
         self._made_with = base, factor
 
     def set(self, *, base: float | None = None, factor: float | None = None) -> None:
-        """For what follows; None: as it was made with."""
+        """For what follows; None: as it was made with. Raises ValueError for given frequencies."""
+        if self.frequencies is not None and (base is not None or factor is not None):
+            raise ValueError("rope_frequencies are given; allowed: no other base or factor")
         made_base, made_factor = self._made_with
         self.base = made_base if base is None else base
         self.factor = made_factor if factor is None else factor
@@ -35,10 +97,44 @@ class Rope(nn.Module):
     def forward(self, x: Tensor, info: SequenceInfo) -> Tensor:
         with full_precision(x):
             wide = widen(x)
-            steps = torch.arange(0, self.dim, 2, dtype=wide.dtype, device=x.device)
-            frequencies = self.base ** (-steps / self.dim) / self.factor
-            angles = (info.positions.unsqueeze(-1) * frequencies).unsqueeze(2)  # [B, S, 1, dim / 2]
+            turns = info.positions.unsqueeze(-1) * self._radians(wide)
+            angles = turns.unsqueeze(2)  # [B, S, 1, dim / 2]
             cos, sin = angles.cos(), angles.sin()
             first, second = wide.chunk(2, dim=-1)
             rotated = [first * cos - second * sin, second * cos + first * sin]
             return torch.cat(rotated, dim=-1).to(x.dtype)
+
+    def _radians(self, like: Tensor) -> Tensor:
+        """[dim / 2], a token."""
+        if self.frequencies is not None:
+            return torch.tensor(self.frequencies, dtype=like.dtype, device=like.device)
+        assert self.base is not None
+        steps = torch.arange(0, self.dim, 2, dtype=like.dtype, device=like.device)
+        radians = self.base ** (-steps / self.dim)
+        if self.scaling is not None:
+            radians = self.scaling.apply(radians)
+        return radians / self.factor
+
+
+def _check_frequencies(frequencies: Sequence[float], dim: int) -> None:
+    if len(frequencies) != dim // 2:
+        raise ValueError(
+            f"rope_frequencies are {len(frequencies)}; {dim} rotary channels have {dim // 2} pairs"
+        )
+
+
+def make_rope(
+    dim: int,
+    *,
+    base: float | None,
+    factor: float,
+    scaling: Mapping[str, Any] | None,
+    frequencies: Sequence[float] | None,
+) -> Rope | None:
+    """From a mixer's keys `rope_*`: None, hence no positions, without base and frequencies."""
+    if base is None and frequencies is None:
+        if scaling is not None:
+            raise ValueError("rope_scaling is given; it needs a rope_base")
+        return None
+    made = None if scaling is None else Scaling.of(scaling)
+    return Rope(dim, base=base, factor=factor, scaling=made, frequencies=frequencies)

@@ -5,6 +5,7 @@ of one constructor, and what a constructor refuses is a ConfigError with the key
 """
 
 import copy
+import dataclasses
 import functools
 import logging
 import math
@@ -194,6 +195,7 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
     engine = build_engine(model, config, settings, numerics, parallelism, mesh)
     sharder = build_sharder(model, parallelism, mesh, pad_id=data.tokenizer.pad_id)
     check_lengths(data.stages, sharder)
+    check_rope(data.stages, blueprint)
     stream = build_stream(data, blueprint, **share)
     bench = Bench(
         scorer=Scorer(engine.evaluate, mesh=mesh, sharder=sharder),
@@ -261,6 +263,16 @@ def check_lengths(stages: Sequence[Stage], sharder: Sharder | None) -> None:
                 f"data.seq_len={seq_len}: with parallel.cp={sharder.ranks} it must be a multiple "
                 f"of {sharder.multiple}, the block of a mixer"
             )
+
+
+def check_rope(stages: Sequence[Stage], model: HybridLM) -> None:
+    """Raises ConfigError for a stage with a rotary setting that the model cannot take."""
+    for i, stage in enumerate(stages):
+        try:
+            model.set_rope(**dataclasses.asdict(stage.rope))
+        except ValueError as error:
+            raise ConfigError(f"data.stages[{i}].rope: {error}") from error
+    model.set_rope()
 
 
 def build_profiler(trainer: Trainer, profiling: Profiling, run_dir: Path) -> list[Sink]:

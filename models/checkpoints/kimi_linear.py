@@ -91,6 +91,8 @@ MLA_FIXED: Config = {
     "scale": None,
     "rope_base": None,
     "rope_factor": 1.0,
+    "rope_scaling": None,
+    "rope_frequencies": None,
     "output_gate": False,
     "norm_eps": 1e-6,
 }

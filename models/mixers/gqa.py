@@ -3,21 +3,25 @@
 B batch, S local seq, H heads.
 """
 
+from collections.abc import Mapping, Sequence
+
 from torch import Tensor, nn
 
 from models.checks import positive
 from models.mixer import Cache, Mixer, extend
 from models.norm import RMSNorm
 from models.ops.select import Ops
-from models.rope import Rope
+from models.rope import make_rope
 from models.sequence import SequenceInfo
 
 
 class GroupedQueryAttention(Mixer):
     """[B, S, d_model] -> the same; num_kv_heads key heads serve num_heads query heads.
 
-    rope_base null gives no positions; qk_norm normalises each head's queries and keys (arXiv
-    2302.05442); output_gate multiplies a sigmoid gate on the heads' outputs (arXiv 2505.06708).
+    rope_base null gives no positions, unless rope_frequencies are given; rope_scaling has the keys
+    of `models.rope.Scaling`. qk_norm normalises each head's queries and keys (arXiv 2302.05442);
+    output_gate multiplies a sigmoid gate on the heads' outputs (arXiv 2505.06708). qkv_bias is that
+    of Qwen2 (arXiv 2407.10671).
     """
 
     def __init__(
@@ -30,6 +34,10 @@ class GroupedQueryAttention(Mixer):
         head_dim: int,
         rope_base: float | None = 10_000.0,
         rope_factor: float = 1.0,
+        rope_scaling: Mapping[str, float] | None = None,
+        rope_frequencies: Sequence[float] | None = None,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
         qk_norm: bool = False,
         output_gate: bool = False,
         norm_eps: float = 1e-5,
@@ -42,13 +50,18 @@ class GroupedQueryAttention(Mixer):
             )
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         inner = num_heads * head_dim
-        self.qkv_proj = nn.Linear(d_model, inner + 2 * num_kv_heads * head_dim, bias=False)
+        qkv_width = inner + 2 * num_kv_heads * head_dim
+        self.qkv_proj = nn.Linear(d_model, qkv_width, bias=qkv_bias)
         self.q_norm = RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
         self.gate_proj = nn.Linear(d_model, inner, bias=False) if output_gate else None
-        self.out_proj = nn.Linear(inner, d_model, bias=False)
-        self.rope = (
-            None if rope_base is None else Rope(head_dim, base=rope_base, factor=rope_factor)
+        self.out_proj = nn.Linear(inner, d_model, bias=out_bias)
+        self.rope = make_rope(
+            head_dim,
+            base=rope_base,
+            factor=rope_factor,
+            scaling=rope_scaling,
+            frequencies=rope_frequencies,
         )
         self.attention = ops.softmax()
 

@@ -4,6 +4,8 @@ DeepSeek-V2, arXiv 2405.04434; without positions (rope_base null) as in Kimi Lin
 2510.26692. B batch, S local seq, H heads.
 """
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +13,7 @@ from models.checks import positive
 from models.mixer import Cache, Mixer, extend
 from models.norm import RMSNorm
 from models.ops.select import Ops
-from models.rope import Rope
+from models.rope import make_rope
 from models.sequence import SequenceInfo
 
 
@@ -19,10 +21,11 @@ class MultiHeadLatentAttention(Mixer):
     """[B, S, d_model] -> the same; caches kv_rank + rope_dim values a token.
 
     Each query and key has nope_dim channels of its own and rope_dim that all heads' keys share,
-    rotated where rope_base is given. q_rank compresses queries too; output_gate multiplies a
-    sigmoid gate on the heads' outputs, as in Kimi K3. What converted models need: no latent_norm;
-    num_kv_heads keys and values that serve num_heads queries (arXiv 2505.17272); a bias on the
-    projections to queries (or their latent), to the latent, and out; scores scaled by other than
+    rotated where rope_base or rope_frequencies are given; rope_scaling has the keys of
+    `models.rope.Scaling`. q_rank compresses queries too; output_gate multiplies a sigmoid gate on
+    the heads' outputs, as in Kimi K3. What converted models need: no latent_norm; num_kv_heads keys
+    and values that serve num_heads queries (arXiv 2505.17272); a bias on the projections to queries
+    (or their latent), to the latent, and out; scores scaled by other than
     (nope_dim + rope_dim)^-0.5.
     """
 
@@ -43,6 +46,8 @@ class MultiHeadLatentAttention(Mixer):
         scale: float | None = None,
         rope_base: float | None = None,
         rope_factor: float = 1.0,
+        rope_scaling: Mapping[str, float] | None = None,
+        rope_frequencies: Sequence[float] | None = None,
         output_gate: bool = False,
         norm_eps: float = 1e-6,  # of the latent norms; the released models differ here from 1e-5
     ) -> None:
@@ -78,8 +83,12 @@ class MultiHeadLatentAttention(Mixer):
         self.kv_up = nn.Linear(kv_rank, self.num_kv_heads * (nope_dim + v_dim), bias=False)
         self.out_proj = nn.Linear(num_heads * v_dim, d_model, bias=bias)
         self.gate_proj = nn.Linear(d_model, num_heads * v_dim, bias=False) if output_gate else None
-        self.rope = (
-            None if rope_base is None else Rope(rope_dim, base=rope_base, factor=rope_factor)
+        self.rope = make_rope(
+            rope_dim,
+            base=rope_base,
+            factor=rope_factor,
+            scaling=rope_scaling,
+            frequencies=rope_frequencies,
         )
         self.attention = ops.latent()
 

@@ -132,6 +132,8 @@ def test_checkpoint_keys_do_not_depend_on_the_ops():
         ("model.norm_eps=-1", "norm_eps is -1"),
         ("model.moe.shared_hidden=-1", "shared_hidden is -1"),
         ("mixer.gqa.rope_base=0 model=transformer", "rope_base is 0"),
+        ("+mixer.gqa.rope_scaling.factor=8 model=transformer", "rope_scaling is {'factor': 8}"),
+        ("mixer.mla.rope_frequencies=[1.0,0.1]", r"mixer\.mla\.rope_frequencies are 2; 16 rotary"),
         ("model.ffn.hidden=-4", "hidden is -4"),
         ("mixer.kda.num_heads=0", "num_heads is 0"),
         ("model.residual_block=0", "residual_block is 0"),

@@ -11,11 +11,19 @@ from tests.models.build import MIXERS, REFERENCE, make_mixer
 from trainer.errors import ConfigError
 
 PACKINGS = [[[90], [90]], [[1, 2, 61, 26], [64, 26]]]
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 OPTIONS = [
     ("gqa", {"qk_norm": True, "output_gate": True, "rope_base": None}),
+    ("gqa", {"qkv_bias": True, "out_bias": True, "rope_scaling": LLAMA3}),
     ("mla", {"rope_base": 10_000.0, "q_rank": 16, "output_gate": True}),
     ("mla", {"num_kv_heads": 2, "latent_norm": False, "bias": True, "scale": 0.3}),
     ("mla", {"q_rank": 16, "bias": True, "nope_dim": 0}),
+    ("mla", {"rope_frequencies": [0.5**i for i in range(8)]}),
     ("kda", {"gate_lower_bound": -5.0, "full_rank_gate": True}),
     ("kda", {"conv_width": 1}),
 ]

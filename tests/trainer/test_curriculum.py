@@ -94,3 +94,9 @@ def test_a_checkpoint_is_a_model_with_the_rotary_setting_of_its_stage(whole, ste
     mixers = open_weights(checkpoint(whole[0], step)).config["mixer"]
     assert (mixers["mla"]["rope_base"], mixers["mla"]["rope_factor"]) == (base, factor)
     assert (mixers["gqa"]["rope_base"], mixers["gqa"]["rope_factor"]) == (None, 1.0)
+
+
+def test_a_stage_cannot_turn_given_frequencies_otherwise(whole, tmp_path):
+    keys = ["mixer.mla.rope_base=null", f"mixer.mla.rope_frequencies={[0.1] * 2}"]
+    with pytest.raises(ConfigError, match=r"^data\.stages\[1\]\.rope: rope_frequencies are given"):
+        build(tmp_path, *RUN, *common(whole[0]), STAGES, *keys)
