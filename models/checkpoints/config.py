@@ -1,11 +1,22 @@
 """Model configs as plain dicts, `model:` and `mixer:` as in conf/, read for a published format."""
 
 import inspect
+from collections.abc import Collection
 from typing import Any
 
 from models.mixer import Mixer
 
 Config = dict[str, Any]
+
+# Our keyword -> field of config.json, in every family of the Llama line.
+MODEL_FIELDS = {
+    "vocab_size": "vocab_size",
+    "d_model": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "norm_eps": "rms_norm_eps",
+    "init_std": "initializer_range",
+}
+TOKEN_FIELDS = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "pad_token_id"}
 
 
 def target(mixer: type[Mixer]) -> str:
@@ -28,21 +39,23 @@ def shortest_pattern(layers: list[str]) -> list[str]:
 
 
 def shared_keywords(
-    config: Config, mixer: type[Mixer], *, fixed: Config
+    config: Config, mixer: type[Mixer], *, held: Collection[str], fixed: Config
 ) -> tuple[set[str], Config]:
     """The names that the layers use for mixers of this class, and the keywords these share.
 
-    Raises ValueError where two differ, or a keyword has another than its one `fixed` value.
+    held: the keywords for which config.json has a field. Raises ValueError where two mixers differ,
+    or any other keyword has not its one value: the `fixed` one, else the mixer's default.
     """
     used = dict.fromkeys(layer_mixers(config["model"]))
     names = [name for name in used if config["mixer"][name]["_target_"] == target(mixer)]
     parameters = inspect.signature(mixer).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    only = {keyword: x for keyword, x in (defaults | fixed).items() if keyword not in held}
     shared: Config = {}
     for name in names:
         given = {k: v for k, v in config["mixer"][name].items() if not k.startswith("_")}
         settings = defaults | given
-        for keyword, allowed in fixed.items():
+        for keyword, allowed in only.items():
             if settings[keyword] != allowed:
                 raise ValueError(
                     f"mixer.{name}.{keyword} is {settings[keyword]}; "
@@ -54,6 +67,20 @@ def shared_keywords(
             )
         shared = settings
     return set(names), shared
+
+
+def check_model(model: Config, fixed: Config, *, family: str) -> None:
+    """Raises ValueError for a keyword of `model` that has another than its one value."""
+    for keyword, allowed in fixed.items():
+        if model[keyword] != allowed:
+            raise ValueError(f"model.{keyword} is {model[keyword]}; {family} has only {allowed}")
+
+
+def check_fields(hf: Config, fixed: Config) -> None:
+    """Raises ValueError for a field of config.json that is there with another than its value."""
+    for name, allowed in fixed.items():
+        if hf.get(name, allowed) != allowed:
+            raise ValueError(f"config.json: {name} is {hf[name]!r}; it must be {allowed!r}")
 
 
 def field(config: Config, name: str) -> Any:

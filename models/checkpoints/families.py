@@ -5,19 +5,25 @@ from typing import Protocol
 
 from models.checkpoints import kimi_linear
 from models.checkpoints.config import Config
+from models.checkpoints.llama import LLAMA, QWEN2, QWEN3
 from models.checkpoints.table import KeyTable
 
 
 class Family(Protocol):
-    """One file per family: see `kimi_linear.py`."""
+    """See `kimi_linear.py`, a module, and `llama.py`, an object for each of three alike."""
 
-    def canonical_name(self, name: str) -> str: ...
+    def canonical_name(self, name: str, config: Config) -> str | None: ...
     def key_table(self, config: Config) -> KeyTable: ...
     def export_config(self, config: Config) -> Config: ...
     def import_config(self, hf: Config) -> Config: ...
 
 
-FAMILIES: dict[str, Family] = {"kimi_linear": kimi_linear}
+FAMILIES: dict[str, Family] = {
+    "kimi_linear": kimi_linear,
+    "llama": LLAMA,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+}
 
 
 def family_of(hf: Config, *, source: Path) -> Family:
@@ -28,14 +34,13 @@ def family_of(hf: Config, *, source: Path) -> Family:
     return FAMILIES[model_type]
 
 
-def family_for(config: Config) -> Family:
-    """The first family that can hold a model of ours. Raises ValueError, saying why none can."""
-    reasons = []
+def family_for(config: Config) -> Family | None:
+    """The first family that can hold a model of ours, None where none can."""
     for family in FAMILIES.values():
         try:
+            family.key_table(config)
             family.export_config(config)
-        except ValueError as error:
-            reasons.append(str(error))
-        else:
-            return family
-    raise ValueError(f"no published family can hold this model: {'; '.join(reasons)}")
+        except ValueError:
+            continue
+        return family
+    return None

@@ -8,25 +8,22 @@ is written.
 import re
 
 from models.checkpoints.config import (
+    MODEL_FIELDS,
+    TOKEN_FIELDS,
     Config,
+    check_fields,
+    check_model,
     field,
     layer_mixers,
     shared_keywords,
     shortest_pattern,
     target,
 )
-from models.checkpoints.table import Entry, KeyTable, Part, rows, same
+from models.checkpoints.table import Entry, KeyTable, Part, rows, same, swiglu
 from models.mixers.kda import KimiDeltaAttention
 from models.mixers.mla import MultiHeadLatentAttention
 
-# Our keyword -> field of config.json.
-MODEL_FIELDS = {
-    "vocab_size": "vocab_size",
-    "d_model": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "norm_eps": "rms_norm_eps",
-    "init_std": "initializer_range",
-}
+# Our keyword -> field of config.json, beside those of all families.
 KDA_FIELDS = {  # of linear_attn_config
     "num_heads": "num_heads",
     "head_dim": "head_dim",
@@ -51,7 +48,6 @@ MOE_FIELDS = {
     "hidden": "moe_intermediate_size",
     "routed_scaling": "routed_scaling_factor",
 }
-TOKEN_FIELDS = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "pad_token_id"}
 
 # What transformers calls fields of the released config.json.
 RENAMED = {
@@ -100,7 +96,7 @@ MLA_FIXED: Config = {
 _DENSE = re.compile(r"\.block_sparse_moe\.((?:gate|up|down)_proj)\.")
 
 
-def canonical_name(name: str) -> str:
+def canonical_name(name: str, config: Config) -> str | None:
     """The released name of a tensor that was found under `name`."""
     return _DENSE.sub(r".mlp.\1.", name)
 
@@ -127,7 +123,7 @@ def key_table(config: Config) -> KeyTable:
             **(_kda(attention, d_model, kda) if kind == "kda" else _mla(attention, d_model, mla)),
         }
         if i < _dense_layers(model):
-            layer |= _swiglu("ffn", f"{theirs}.mlp", d_model, model["ffn"]["hidden"])
+            layer |= swiglu("ffn", f"{theirs}.mlp", d_model, model["ffn"]["hidden"])
         else:
             layer |= _moe(f"{theirs}.block_sparse_moe", d_model, model["moe"])
         table |= {f"layers.{i}.{name}": entry for name, entry in layer.items()}
@@ -179,15 +175,6 @@ def _mla(theirs: str, d_model: int, mla: Config) -> KeyTable:
     }
 
 
-def _swiglu(ours: str, theirs: str, d_model: int, hidden: int) -> KeyTable:
-    return {
-        f"{ours}.gate_up.weight": rows(
-            [f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight"], (2 * hidden, d_model)
-        ),
-        f"{ours}.down.weight": same(f"{theirs}.down_proj.weight", (d_model, hidden)),
-    }
-
-
 def _moe(theirs: str, d_model: int, moe: Config) -> KeyTable:
     experts, hidden = moe["num_experts"], moe["hidden"]
     up, down = (hidden, d_model), (d_model, hidden)
@@ -202,7 +189,7 @@ def _moe(theirs: str, d_model: int, moe: Config) -> KeyTable:
         "ffn.router.bias": same(f"{theirs}.gate.e_score_correction_bias", (experts,)),
         "ffn.experts.gate_up": Entry((experts, 2 * hidden, d_model), tuple(gate_up)),
         "ffn.experts.down": Entry((experts, *down), tuple(downs)),
-        **_swiglu("ffn.shared", f"{theirs}.shared_experts", d_model, moe["shared_hidden"]),
+        **swiglu("ffn.shared", f"{theirs}.shared_experts", d_model, moe["shared_hidden"]),
     }
 
 
@@ -241,13 +228,13 @@ def export_config(config: Config) -> Config:
 def _mixers(config: Config) -> tuple[list[str], Config, Config]:
     """Per layer "kda" or "mla", and the keywords of each kind, empty where no layer has it."""
     model = config["model"]
-    for keyword, allowed in MODEL_FIXED.items():
-        if model[keyword] != allowed:
-            raise ValueError(f"model.{keyword} is {model[keyword]}; kimi_linear has only {allowed}")
+    check_model(model, MODEL_FIXED, family="kimi_linear")
     _check_moe(model)
     kda_fixed = KDA_FIXED | {"norm_eps": model["norm_eps"]}
-    kda_names, kda = shared_keywords(config, KimiDeltaAttention, fixed=kda_fixed)
-    mla_names, mla = shared_keywords(config, MultiHeadLatentAttention, fixed=MLA_FIXED)
+    kda_names, kda = shared_keywords(config, KimiDeltaAttention, held=KDA_FIELDS, fixed=kda_fixed)
+    mla_names, mla = shared_keywords(
+        config, MultiHeadLatentAttention, held=MLA_FIELDS, fixed=MLA_FIXED
+    )
     layers = layer_mixers(model)
     for name in set(layers) - kda_names - mla_names:
         raise ValueError(
@@ -278,9 +265,7 @@ def import_config(hf: Config) -> Config:
     Raises ValueError for a missing field, and for a value that HybridLM does not compute.
     """
     hf = {RENAMED.get(name, name): value for name, value in hf.items()}
-    for name, allowed in (FIXED | ABSENT).items():
-        if hf.get(name, allowed) != allowed:
-            raise ValueError(f"config.json: {name} is {hf[name]!r}; it must be {allowed!r}")
+    check_fields(hf, FIXED | ABSENT)
     kinds = _layer_kinds(hf)
     model = {
         "name": "kimi_linear",

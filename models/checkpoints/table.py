@@ -65,11 +65,27 @@ def same(name: str, shape: Shape, *, published: Shape | None = None) -> Entry:
 def rows(names: Sequence[str], shape: Shape, *, published: Shape | None = None) -> Entry:
     """Published tensors of one shape, one below the other; `shape` is that of their stack."""
     height = shape[0] // len(names)
-    parts = (
-        Part(name, published or (height, *shape[1:]), (slice(i * height, (i + 1) * height),))
-        for i, name in enumerate(names)
-    )
-    return Entry(shape, tuple(parts))
+    return stack(dict.fromkeys(names, height), shape[1:], published=published)
+
+
+def stack(heights: Mapping[str, int], width: Shape, *, published: Shape | None = None) -> Entry:
+    """Published tensors, by name their rows, one below the other; width: () for vectors."""
+    parts, end = [], 0
+    for name, height in heights.items():
+        end += height
+        where = (slice(end - height, end),)
+        parts.append(Part(name, published or (height, *width), where))
+    return Entry((end, *width), tuple(parts))
+
+
+def swiglu(ours: str, theirs: str, d_model: int, hidden: int) -> KeyTable:
+    """The dense feed-forward of the Llama line."""
+    return {
+        f"{ours}.gate_up.weight": rows(
+            [f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight"], (2 * hidden, d_model)
+        ),
+        f"{ours}.down.weight": same(f"{theirs}.down_proj.weight", (d_model, hidden)),
+    }
 
 
 def published_shapes(table: KeyTable) -> dict[str, Shape]:

@@ -69,6 +69,8 @@ def _write_hugging_face(
     weights: WeightSource, folder: Path, *, dtype: torch.dtype | None, max_bytes: float
 ) -> None:
     family = family_for(weights.config)
+    if family is None:
+        raise ValueError("no published family can hold this model")
     table = family.key_table(weights.config)
     expected = {name: entry.shape for name, entry in table.items()}
     check_shapes(expected, weights.shapes, fault="it does not hold what its configuration says")

@@ -94,9 +94,13 @@ def _open_hugging_face(path: Path) -> WeightSource:
     config = family.import_config(hf)
     table = family.key_table(config)
     shards = ShardReader(path)
-    stored = {family.canonical_name(name): name for name in shards.shapes}
-    if len(stored) != len(shards.shapes):
-        raise ValueError(f"{path} holds one tensor twice, under two names")
+    stored: dict[str, str] = {}
+    for name in shards.shapes:
+        canonical = family.canonical_name(name, config)
+        if canonical in stored:
+            raise ValueError(f"{path} holds one tensor twice, under two names")
+        if canonical is not None:
+            stored[canonical] = name
     found = {name: shards.shapes[stored[name]] for name in stored}
     check_shapes(published_shapes(table), found, fault=f"{path} does not fit its config.json")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import KimiLinearConfig, KimiLinearForCausalLM
 
 COMMON = {
@@ -91,3 +92,15 @@ def save_gradients(peer: KimiLinearForCausalLM, folder: Path) -> None:
 def relative_error(ours: Tensor, theirs: Tensor, floor: float = 0.0) -> float:
     """Norm of the difference over the norm of theirs, or over `floor` where that is larger."""
     return ((ours - theirs).norm() / theirs.norm().clamp_min(floor)).item()
+
+
+class Wide(TorchFunctionMode):
+    """transformers in fp64: where its code asks for fp32 it gets fp64."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        def wide(x):
+            return torch.float64 if x is torch.float32 else x
+
+        if function is Tensor.float:
+            return args[0].double()
+        return function(*map(wide, args), **{key: wide(x) for key, x in (kwargs or {}).items()})

@@ -193,7 +193,7 @@ def truncate(folder: Path) -> None:
             edit_config(vocab_size=64),
             r"misshapen \(model\.embed_tokens\.weight is \[320, 32\], not",
         ),
-        (edit_config(model_type="llama"), r"config\.json: model_type is 'llama'; known are"),
+        (edit_config(model_type="gpt2"), r"config\.json: model_type is 'gpt2'; known are"),
         (lambda folder: (folder / "config.json").write_text("{"), r"config\.json cannot be read"),
         (lambda folder: (folder / "config.json").unlink(), "no weights in .*; allowed: "),
     ],

@@ -1,0 +1,56 @@
+"""Rotary settings as config.json has them: `rope_parameters`, and the older two fields."""
+
+from typing import Any
+
+from models.checkpoints.config import Config, field
+
+SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def import_rope(hf: Config) -> Config:
+    """A mixer's keywords `rope_*`. Raises ValueError for a rule that `Rope` does not compute."""
+    parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    keywords: Config = {
+        "rope_base": float(parameters.get("rope_theta") or field(hf, "rope_theta")),
+        "rope_factor": 1.0,
+        "rope_scaling": None,
+        "rope_frequencies": None,
+    }
+    share = parameters.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    if share not in (None, 1):
+        raise ValueError(f"config.json: partial_rotary_factor is {share}; it must be 1")
+    if kind == "linear":
+        keywords["rope_factor"] = float(field(parameters, "factor"))
+    elif kind == "llama3":
+        length = {"original_max_position_embeddings": hf.get("max_position_embeddings")}
+        keywords["rope_scaling"] = {key: field(length | parameters, key) for key in SCALING}
+    elif kind != "default":
+        raise ValueError(
+            f"config.json: rope_type is {kind!r}; allowed: 'default', 'linear', 'llama3'"
+        )
+    return keywords
+
+
+def export_rope(mixer: Config) -> Config:
+    """The fields for a mixer's keywords, for transformers 5 and for what is older.
+
+    Raises ValueError for a setting that they cannot tell.
+    """
+    base, factor, scaling = mixer["rope_base"], mixer["rope_factor"], mixer["rope_scaling"]
+    if mixer["rope_frequencies"] is not None:
+        raise ValueError("rope_frequencies are given; config.json has a field for the base only")
+    if base is None:
+        raise ValueError("rope_base is None; this model family has only rotary positions")
+    rule: dict[str, Any] = {"rope_type": "default"}
+    if scaling is not None:
+        if factor != 1.0:
+            raise ValueError(f"rope_factor is {factor}; beside rope_scaling it must be 1")
+        rule = {"rope_type": "llama3", **scaling}
+    elif factor != 1.0:
+        rule = {"rope_type": "linear", "factor": factor}
+    return {
+        "rope_parameters": {**rule, "rope_theta": base},
+        "rope_theta": base,
+        "rope_scaling": None if rule["rope_type"] == "default" else rule,
+    }
