@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from models.checks import positive
 from models.ffn import FeedForward
+from models.load import BalancedRouter
 from models.mixer import Cache, Mixer
-from models.moe import Router
 from models.norm import RMSNorm
 from models.ops.select import Ops
 from models.residual import AttentionResidual, Residual, Stream, SumResidual
@@ -141,8 +141,8 @@ class HybridLM(nn.Module):
             elif next(module.parameters(recurse=False), None) is not None:
                 cast(Any, module).reset_parameters(self.init_std)
 
-    def routers(self) -> list[Router]:
-        return [module for module in self.modules() if isinstance(module, Router)]
+    def routers(self) -> list[BalancedRouter]:
+        return [module for module in self.modules() if isinstance(module, BalancedRouter)]
 
     def set_rope(self, *, base: float | None = None, factor: float | None = None) -> None:
         """Of all rotary layers, for what follows; None: as each was made with.

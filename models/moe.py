@@ -11,50 +11,22 @@ from torch import Tensor, nn
 
 from models.checks import positive
 from models.ffn import FeedForward, SwiGLU
+from models.load import BalancedRouter, count_in_backward
 from models.ops.choices import choose
 from models.ops.select import Ops
-from models.precision import Island, full_precision, widen
+from models.precision import full_precision, widen
 from models.sequence import SequenceInfo
 
 
-class _CountInBackward(torch.autograd.Function):
-    """The identity on the weights; its backward adds the choices to the load counts.
-
-    A backward runs once per micro-batch, also when activation checkpointing runs the forward
-    twice, and never in evaluation: just when a choice is to be counted.
-    """
-
-    @staticmethod
-    def forward(ctx, weights: Tensor, indices: Tensor, valid: Tensor, counts: Tensor) -> Tensor:
-        ctx.save_for_backward(indices, valid)
-        ctx.counts = counts
-        return weights.clone()  # no view: an engine puts hooks on what a layer returns
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        indices, valid = ctx.saved_tensors
-        ones = valid.unsqueeze(-1).expand_as(indices).to(ctx.counts.dtype)
-        ctx.counts.scatter_add_(0, indices.flatten(), ones.flatten())
-        return grad, None, None, None
-
-
-class Router(Island):
-    """[tokens, d_model] -> weights and indices of the chosen experts, [tokens, top_k], in fp32.
-
-    `bias` corrects the choice only; `counts` is the load since it was last taken.
-    """
-
-    bias: Tensor
-    counts: Tensor
+class Router(BalancedRouter):
+    """[tokens, d_model] -> weights and indices of the chosen experts, [tokens, top_k], in fp32."""
 
     def __init__(self, d_model: int, *, num_experts: int, top_k: int, scaling: float) -> None:
-        super().__init__()
+        super().__init__(biases=num_experts, counts=num_experts)
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k is {top_k}; it must be 1 to num_experts = {num_experts}")
         self.top_k, self.scaling = top_k, scaling
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
-        self.register_buffer("bias", torch.zeros(num_experts))
-        self.register_buffer("counts", torch.zeros(num_experts, dtype=torch.int64), False)
 
     def reset_parameters(self, std: float) -> None:
         nn.init.normal_(self.weight, std=std)
@@ -69,11 +41,13 @@ class Router(Island):
             weights = scores.gather(-1, indices)
             # 1e-20 as in the released model: without it, scores that all underflow give NaN.
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.scaling
-        return _CountInBackward.apply(weights, indices, valid, self.counts), indices
+            ones = valid.unsqueeze(-1).expand_as(indices).to(self.counts.dtype)
+            load = torch.zeros_like(self.counts).scatter_add(0, indices.flatten(), ones.flatten())
+        return count_in_backward(weights, load, self.counts), indices
 
     @torch.no_grad()
     def update_bias(self, counts: Tensor, rate: float) -> None:
-        """Moves the bias by `rate` towards equal load; counts are those of the whole step."""
+        """Towards equal load."""
         load = counts.to(self.bias.dtype)
         self.bias += rate * torch.sign(load.mean() - load)
 

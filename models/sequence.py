@@ -326,20 +326,27 @@ class LinearRecurrence(SequenceOp):
         beta: Tensor,
         info: SequenceInfo,
     ) -> Response:
-        """T is of the kind `transition`.
+        """T is of the kind `transition`. This default serves every op."""
 
-        This default serves every op: T and the reads are what comes of the identity where nothing
-        is written, hence of columns of a state whose values are zero, here in front of those of v.
-        """
-        key_dim = k.shape[-1]
-        with torch.no_grad():
-            values = torch.cat((v.new_zeros(k.shape), v), dim=-1)
-            eye = torch.eye(key_dim, values.shape[-1], device=v.device).to(widen(v[:0]))
-            state = eye.expand(k.shape[0], k.shape[2], -1, -1)
-            output, final = self(q, k, values, log_decay, beta, info, initial_state=state)
+        def run(values: Tensor, state: Tensor) -> Recurrent:
+            return self(q, k, values, log_decay, beta, info, initial_state=state)
 
-        def enter(state: Tensor) -> Recurrent:
-            return self(q, k, v, log_decay, beta, info, initial_state=state)
+        return affine_response(run, k, v, self.transition)
 
-        transition = self.transition.of_matrix(final[..., :key_dim])
-        return Response(output[..., :key_dim].clone(), transition, final[..., key_dim:], enter)
+
+def affine_response(
+    run: Callable[[Tensor, Tensor], Recurrent], k: Tensor, v: Tensor, kind: type[Transition]
+) -> Response:
+    """run: from the values and the state that enters.
+
+    T and the reads are what comes of the identity where nothing is written, hence of columns of a
+    state whose values are zero, here in front of those of v.
+    """
+    key_dim = k.shape[-1]
+    with torch.no_grad():
+        values = torch.cat((v.new_zeros(k.shape), v), dim=-1)
+        eye = torch.eye(key_dim, values.shape[-1], device=v.device).to(widen(v[:0]))
+        output, final = run(values, eye.expand(k.shape[0], k.shape[2], -1, -1))
+    transition = kind.of_matrix(final[..., :key_dim])
+    reads = output[..., :key_dim].clone()
+    return Response(reads, transition, final[..., key_dim:], lambda state: run(v, state))

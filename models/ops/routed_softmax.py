@@ -1,0 +1,207 @@
+"""Softmax attention to the own chunk and to earlier chunks that a router kept.
+
+NAtS-L, arXiv 2602.03681. `DenseRoutedAttention` is the definition; `TiledRoutedAttention` copies
+the kept chunks of every key head together and multiplies nothing else.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.ops.routed import ABSENT, RoutedAttention, RoutedKeys
+from models.ops.routed_blocks import Plan, Sight, block, block_backward, own, own_backward
+from models.ops.routed_grid import ChunkGrid, chunk_grid
+from models.ops.softmax import merge_
+from models.precision import autocast, full_precision, widen
+from models.sequence import SequenceInfo
+
+
+class DenseRoutedAttention(RoutedAttention):
+    """The definition, with a score matrix per head, in fp32 or wider; keep may be any number from
+    0 to 1."""
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        keep: Tensor,
+        info: SequenceInfo,
+        *,
+        scale: float | None = None,
+        past: RoutedKeys | None = None,
+    ) -> Tensor:
+        dtype = q.dtype
+        with full_precision(q):
+            q, k, v = widen(q), widen(k), widen(v)
+            gate, shown = self._gate(widen(keep), info)  # [B, kv heads, S, key S]
+            if past is not None:
+                k, v = (
+                    torch.cat((_tokens(widen(x)), y), 1)
+                    for x, y in zip(past[:2], (k, v), strict=True)
+                )
+                earlier = self._past(past, info)
+                gate = torch.cat((earlier.to(gate.dtype), gate), dim=-1)
+                shown = torch.cat((earlier, shown), dim=-1)
+            queries = q.unflatten(2, (k.shape[2], -1)) * (scale or q.shape[-1] ** -0.5)
+            scores = torch.einsum("bqhgd,bkhd->bhgqk", queries, k)
+            scores = scores.masked_fill(~shown.unsqueeze(2), -torch.inf)
+            top = scores.detach().amax(-1, keepdim=True)
+            top = top.masked_fill(top == -torch.inf, 0)  # of a query that sees no key
+            weights = (scores - top).exp() * gate.unsqueeze(2)
+            total, none = weights.sum(-1, keepdim=True), (gate == 0).all(-1)[:, :, None, :, None]
+            weights = (weights / total.masked_fill(none, 1)).masked_fill(none, 0)
+            output = torch.einsum("bhgqk,bkhd->bqhgd", weights, v).flatten(2, 3)
+        return output.to(dtype)
+
+    def _gate(self, keep: Tensor, info: SequenceInfo) -> tuple[Tensor, Tensor]:
+        """What multiplies exp(score), and where that has a value or a gradient."""
+        document, chunk = info.index - info.positions, info.positions // self.chunk
+        same = document.unsqueeze(2) == document.unsqueeze(1)
+        own = same & (chunk.unsqueeze(2) == chunk.unsqueeze(1)) & self.own
+        own &= info.index.unsqueeze(2) >= info.index.unsqueeze(1)
+        earlier = same & (chunk.unsqueeze(2) > chunk.unsqueeze(1))
+        gates = keep.transpose(1, 2).unsqueeze(2)  # [B, kv heads, 1, S]
+        shown = own.unsqueeze(1) | (earlier.unsqueeze(1) & ((gates > 0) | self.counterfactual))
+        return torch.where(own.unsqueeze(1), 1, gates) * shown, shown
+
+    def _past(self, past: RoutedKeys, info: SequenceInfo) -> Tensor:
+        """[B, kv heads, S, slots x C] bool."""
+        index = past.start.unsqueeze(2)
+        document = (info.index - info.positions)[:, None, :, None]
+        start = (info.index - info.positions % self.chunk)[:, None, :, None]
+        seen = (document <= index) & (index < start)
+        return seen.repeat_interleave(self.chunk, dim=-1)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """[batch, kv_heads, slots, C, dim] -> [batch, slots x C, kv_heads, dim]."""
+    return x.flatten(2, 3).transpose(1, 2)
+
+
+class TiledRoutedAttention(RoutedAttention):
+    """Own chunks as batched squares; kept chunks sorted together, by key head, in query tiles.
+
+    Memory is linear in tokens, time follows the kept share. Waits for the device once, for the
+    sizes, and once more in a counterfactual backward, which also goes over all chunks not kept.
+    """
+
+    # The sizes change with every batch: nothing for a compiler to keep.
+    @torch.compiler.disable
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        keep: Tensor,
+        info: SequenceInfo,
+        *,
+        scale: float | None = None,
+        past: RoutedKeys | None = None,
+    ) -> Tensor:
+        q, k, v = autocast(q, k, v)
+        grid = chunk_grid(info, self.chunk)
+        scale = scale or q.shape[-1] ** -0.5
+        with full_precision(q):
+            queries = query_rows(grid.cut(widen(q) * scale), k.shape[2])
+            keys, values = (key_rows(grid.cut(widen(x))) for x in (k, v))
+            gates = keep_rows(grid.cut(keep)[:, :, 0])
+            rows = _Routed.apply(queries, keys, values, gates, grid, self, past)
+            output = grid.join(from_query_rows(rows, k.shape[0], self.chunk))
+        return output.to(q.dtype)
+
+
+def query_rows(x: Tensor, kv_heads: int) -> Tensor:
+    """[batch, N, C, heads, dim] -> [R, N, P, dim] of `routed_blocks`."""
+    x = x.unflatten(3, (kv_heads, -1)).permute(0, 3, 1, 2, 4, 5)
+    return x.flatten(3, 4).flatten(0, 1)
+
+
+def from_query_rows(x: Tensor, batch: int, chunk: int) -> Tensor:
+    """[R, N, P, dim] -> [batch, N, C, heads, dim]."""
+    x = x.unflatten(2, (chunk, -1)).unflatten(0, (batch, -1))
+    return x.permute(0, 2, 3, 1, 4, 5).flatten(3, 4)
+
+
+def key_rows(x: Tensor) -> Tensor:
+    """[batch, N, C, kv_heads, dim] -> [R, N, C, dim]."""
+    return x.permute(0, 3, 1, 2, 4).flatten(0, 1)
+
+
+def keep_rows(x: Tensor) -> Tensor:
+    """[batch, N, kv_heads] -> [R, N]."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def sight(grid: ChunkGrid, kv_heads: int) -> Sight:
+    """What the queries of a row may see beside their own chunks."""
+    bounds = (x.repeat_interleave(kv_heads, dim=0) for x in (grid.document, grid.start))
+    return Sight(*bounds)
+
+
+def kept_index(kept: Tensor, grid: ChunkGrid) -> Tensor:
+    """[R, N] index of the chunks that are kept and have successors; kept: [R, N] bool."""
+    index = grid.start.masked_fill(~grid.whole, ABSENT)
+    return index.repeat_interleave(len(kept) // len(index), dim=0).masked_fill(~kept, ABSENT)
+
+
+def remember(
+    past: RoutedKeys | None, k: Tensor, v: Tensor, keep: Tensor, grid: ChunkGrid
+) -> RoutedKeys:
+    """`past` and the chunks of [batch, seq, kv_heads, ...] that are whole and kept, in as many
+    slots as the fullest head needs; keep: [batch, chunks, kv_heads]."""
+    batch = k.shape[0]
+    starts = kept_index(keep_rows(keep) > 0, grid)
+    rows = [key_rows(grid.cut(k)), key_rows(grid.cut(v)), starts]
+    keys = RoutedKeys(*[x.unflatten(0, (batch, -1)) for x in rows])
+    if past is not None:
+        keys = RoutedKeys(*[torch.cat(pair, dim=2) for pair in zip(past, keys, strict=True)])
+    slots = int((keys.start != ABSENT).sum(-1).amax())
+    start, order = keys.start.sort(dim=-1)
+    order = order[..., :slots, None, None]
+    k, v = (x.gather(2, order.expand(-1, -1, -1, *x.shape[3:])) for x in keys[:2])
+    return RoutedKeys(k, v, start[..., :slots].clone())
+
+
+class _Routed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Tensor,
+        grid: ChunkGrid,
+        op: RoutedAttention,
+        past: RoutedKeys | None,
+    ) -> Tensor:
+        view = sight(grid, len(q) // grid.shape[0])
+        sizes = k.shape[2], q.shape[2]
+        plan = Plan.make(kept_index(gates > 0, grid), view, *sizes)
+        output, lse = block(q, k, v, plan)
+        if op.own:
+            merge_(output, lse, *own(q, k, v))
+        if past is not None:
+            keys, values, index = (x.flatten(0, 1) for x in past)
+            shown = Plan.make(index, view, *sizes)
+            merge_(output, lse, *block(q, widen(keys), widen(values), shown))
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # no gradient where no key is seen
+        ctx.save_for_backward(q, k, v, gates, output, lse)
+        ctx.grid, ctx.plan, ctx.op = grid, plan, op
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        q, k, v, gates, output, lse = ctx.saved_tensors
+        delta = (grad * output).sum(-1)
+        saved = grad, q, k, v, lse, delta
+        grads = block_backward(*saved, ctx.plan)
+        if ctx.op.own:
+            for total, part in zip(grads[:3], own_backward(*saved), strict=True):
+                total += part
+        if ctx.op.counterfactual:
+            view = sight(ctx.grid, len(q) // ctx.grid.shape[0])
+            plan = Plan.make(kept_index(gates <= 0, ctx.grid), view, k.shape[2], q.shape[2])
+            grads = grads._replace(gate=grads.gate + block_backward(*saved, plan).gate)
+        return *grads, None, None, None
