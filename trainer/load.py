@@ -1,6 +1,8 @@
-"""A trained model and the name of its tokenizer, from any folder with weights."""
+"""A model, its configuration and the name of its tokenizer, from any folder with weights."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -8,7 +10,7 @@ from models.hybrid import HybridLM
 from models.ops.select import Ops
 from trainer.build import build_model
 from trainer.checkpoint.weights import load_weights, open_weights
-from trainer.errors import naming
+from trainer.errors import ConfigError, naming
 
 
 def load_model(
@@ -34,3 +36,20 @@ def tokenizer_of(checkpoint: str) -> str:
         folder = open_weights(Path(checkpoint)).tokenizer_folder
     named = folder is not None and (folder / "tokenizer.json").exists()
     return str(folder) if named else "bytes"
+
+
+def take_model(config: Mapping[str, Any], *, tokenizer_given: bool) -> dict[str, Any]:
+    """The configuration; with model=init_from, `model` and `mixer` are those of that folder, and
+    its tokenizer is the data's unless that was given. Raises ConfigError.
+    """
+    if config["model"] != "init_from":
+        return dict(config)
+    folder = config["init_from"]
+    if folder is None:
+        raise ConfigError("init_from=null: model=init_from needs a folder with weights")
+    with naming("init_from", folder):
+        sections = open_weights(Path(folder)).config
+    taken = {key: sections[key] for key in ("model", "mixer")}
+    if not tokenizer_given:
+        taken["data"] = config["data"] | {"tokenizer": tokenizer_of(folder)}
+    return {**config, **taken}

@@ -39,6 +39,7 @@ from trainer.construct import call
 from trainer.errors import ConfigError, TrainingError
 from trainer.evaluate import run_task, take_over, trained_with
 from trainer.generation import write_text
+from trainer.load import take_model
 from trainer.prepare_data import prepare_or_inspect
 from trainer.run_folder import session, write_whole
 from trainer.settings import Settings, Start
@@ -103,12 +104,15 @@ def quoted(path: str) -> str:
 
 
 def check_choices(arguments: list[str]) -> None:
-    """Raises ConfigError for `engine=null`, `eval=0` and the like, which are no names of choices.
+    """Raises ConfigError for `engine=null`, `eval=0` and the like, which are no names of choices,
+    and for changes to a model that is taken as it is.
 
     Hydra's own error would name no key, and `engine=[]` would leave the section out.
     """
     for argument in arguments:
         key, _, choice = argument.partition("=")
+        if key.lstrip("+~").startswith(("model.", "mixer.")) and "model=init_from" in arguments:
+            raise ConfigError(f"{argument}: model=init_from takes both sections as they are")
         if not key.isidentifier() or not (CONF / key).is_dir():
             continue
         value = OverridesParser.create().parse_override(argument).value()
@@ -161,6 +165,7 @@ def train(config: dict[str, Any]) -> None:
     Raises SystemExit where a signal ended it before that, and behind a job of a sweep during which
     one came, as no other is to follow.
     """
+    config = with_model(config)
     run_dir = choose_run_dir(config)
     config["run_dir"] = str(run_dir)
     settings: Settings = call(Settings, config["trainer"], "trainer")
@@ -197,6 +202,13 @@ def train(config: dict[str, Any]) -> None:
         raise SystemExit(EXIT_STOPPED)
 
 
+def with_model(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with the model of init_from, if the command line asks for that."""
+    given = {override.partition("=")[0] for override in HydraConfig.get().overrides.task}
+    named = config["data"]["source"] == "store" or "data.tokenizer" in given
+    return take_model(config, tokenizer_given=named)
+
+
 def choose_run_dir(config: dict[str, Any]) -> Path:
     """The key run_dir, or runs/<model name>; a job of a sweep has a folder below it."""
     start: Start = call(Start, {key: config[key] for key in ("run_dir", "resume", "init_from")}, "")
@@ -208,6 +220,7 @@ def submit(config: dict[str, Any]) -> None:
     own = [key.name for key in dataclasses.fields(slurm.Job)]
     job: slurm.Job = call(slurm.Job, {key: config.pop(key) for key in own}, "")
     cluster: slurm.Cluster = call(slurm.Cluster, config.pop("cluster"), "cluster")
+    config = with_model(config)
     run_dir = choose_run_dir(config)
     check_run(config, nodes=job.nodes, node_ranks=job.node_ranks, files=cluster.container is None)
     kept_here = {*own, "cluster", "run_dir"}

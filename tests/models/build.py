@@ -14,7 +14,7 @@ from trainer.construct import construct
 from trainer.main import CONF, plain, register_groups
 
 MIXERS = sorted(path.stem for path in (CONF / "mixer").glob("*.yaml"))
-MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
+MODELS = sorted({path.stem for path in (CONF / "model").glob("*.yaml")} - {"init_from"})
 M = TypeVar("M", bound=nn.Module)
 REFERENCE = Ops(softmax="reference", delta_rule="reference", conv="reference", experts="reference")
 

@@ -10,6 +10,7 @@ import yaml
 
 from tests.trainer.tiny import overrides
 from trainer import main
+from trainer.checkpoint.convert import convert
 from trainer.console import close_logging
 
 
@@ -48,6 +49,39 @@ def test_a_run_from_start_to_end(train, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "documents", "run"]
     code, out, errors = train(*arguments)
     assert (code, errors) == (0, []) and "nothing to do: trainer.steps=4 is reached" in out
+
+
+def test_a_run_takes_its_model_from_a_folder_and_goes_on(train, tmp_path):
+    own = ["model.pattern=[mla,gqa]", "mixer.gqa.head_dim=8", "mixer.mla.rope_base=100"]
+    assert train(*overrides(tmp_path, *own, "trainer.steps=2"))[0] == 0
+    first = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    folder = tmp_path / "native"
+    convert(source=str(tmp_path / "run"), target=str(folder), format="native")
+    plain = [o for o in overrides(tmp_path) if not o.startswith(("model.", "mixer."))]
+    more = ["model=init_from", f"init_from={folder}", f"run_dir={tmp_path / 'second'}"]
+    for steps in (1, 2):  # and resumed
+        code, out, errors = train(*plain, *more, f"trainer.steps={steps}")
+        assert (code, errors) == (0, [])
+    assert "resumed from" in out and "weights from" not in out
+    second = yaml.safe_load((tmp_path / "second" / "config.yaml").read_text())
+    assert second["model"] == first["model"] | {"vocab_size": 320}
+    assert second["mixer"] == {name: first["mixer"][name] for name in ("mla", "gqa")}
+    records = (tmp_path / "second" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(records[0])["loss"] < 5.7  # less than an even guess among 320
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["init_from=null"], "init_from=null: model=init_from needs a folder with weights"),
+        (["init_from=nowhere"], "init_from=nowhere: no weights in nowhere; allowed: "),
+        (["mixer.kda.num_heads=2"], "mixer.kda.num_heads=2: model=init_from takes both sections"),
+        (["model.d_model=8"], "model.d_model=8: model=init_from takes both sections as they are"),
+    ],
+)
+def test_a_model_that_cannot_be_taken_is_one_line(train, arguments, line):
+    code, _, errors = train("model=init_from", *arguments)
+    assert code == 2 and len(errors) == 1 and errors[0].startswith(f"error: {line}")
 
 
 def test_wandb_keeps_its_run_over_resumptions(train, tmp_path):

@@ -80,7 +80,8 @@ def load_weights(
     if assign is None:
         assign = lambda name, value: state[name].copy_(value)  # noqa: E731
     try:
-        check_shapes(expected, weights.shapes, fault=f"{source} holds another model")
+        fault = f"{source} holds another model than is configured (model=init_from takes its own)"
+        check_shapes(expected, weights.shapes, fault=fault)
         with torch.no_grad():
             for name in expected:
                 assign(name, weights.get(name))
