@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks.job import Config
 from benchmarks.settings import Mask, Part
 from benchmarks.subjects import initialised_model
-from models.mixers.kda import l2_normalise
+from models.norm import l2_normalise
 from models.ops.latent import keys_and_values
 from models.precision import autocast
 from models.residual import Stream

@@ -1,6 +1,7 @@
-"""Root-mean-square normalisation, arXiv 1910.07467."""
+"""Normalisation: root mean square, arXiv 1910.07467, and Euclidean."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.precision import Island, full_precision, widen
@@ -19,6 +20,20 @@ class RMSNorm(Island):
     def forward(self, x: Tensor) -> Tensor:
         with full_precision(x):
             return _RMSNorm.apply(x, self.weight, self.eps).to(x.dtype)
+
+
+class GroupedRMSNorm(RMSNorm):
+    """The same for each of `groups` equal parts of the last dim by itself."""
+
+    def __init__(self, dim: int, *, groups: int, eps: float = 1e-5) -> None:
+        super().__init__(dim, eps=eps)
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        with full_precision(x):
+            parts = widen(x).unflatten(-1, (self.groups, -1))
+            unit = F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2)
+            return (unit * widen(self.weight)).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -46,3 +61,9 @@ class _RMSNorm(torch.autograd.Function):
         mean = (product @ wide_weight).unsqueeze(-1) / x.shape[-1]
         grad_x = (grad * wide_weight).sub_(unit.mul_(mean)).mul_(rstd)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+
+
+def l2_normalise(x: Tensor) -> Tensor:
+    """x / sqrt(sum x^2 + 1e-6) over the last dim, in fp32 or wider."""
+    x = widen(x)
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)

@@ -310,8 +310,9 @@ class LinearRecurrence(SequenceOp):
         *,
         initial_state: Tensor | None = None,
     ) -> Recurrent:
-        """q, k, log_decay: [batch, seq, heads, key_dim]; v: [batch, seq, heads, value_dim];
-        beta: [batch, seq, heads]; log_decay is natural and <= 0.
+        """q, k: [batch, seq, heads, key_dim]; v: [batch, seq, heads, value_dim];
+        log_decay: as q, or [batch, seq, heads, 1], one for all channels; natural and <= 0;
+        beta: [batch, seq, heads].
 
         initial_state [batch, heads, key_dim, value_dim] enters before the first token, which keeps
         it if its position is not 0. q comes scaled.

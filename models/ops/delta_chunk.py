@@ -14,75 +14,30 @@ across it and empties P after it, R before it, and P_last.
 Shapes: n chunks of the segment first, then batch x heads, C tokens, K and V channels.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from models.ops.chunks import Documents, Inputs
 from models.ops.dyadic import DyadicScores
-
-
-class Inputs(NamedTuple):
-    """A segment as [n x batch x heads, C, ...]; beta [n x batch x heads, C, 1]."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    log_decay: Tensor
-    beta: Tensor
-
-
-def cut(x: Tensor, chunk: int) -> Tensor:
-    """[batch, seq, heads(, dim)] -> [n x batch x heads, chunk, dim].
-
-    A short tail gets zeros, which neither read nor write nor decay a state.
-    """
-    if x.dim() == 3:
-        x = x.unsqueeze(-1)
-    batch, seq, heads, dim = x.shape
-    if seq % chunk:
-        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -seq % chunk))
-    x = x.view(batch, -1, chunk, heads, dim).permute(1, 0, 3, 2, 4)
-    return x.reshape(-1, chunk, dim)
-
-
-def join(x: Tensor, batch: int, heads: int, seq: int) -> Tensor:
-    """The inverse of cutting: [n x batch x heads, C, dim] -> [batch, seq, heads, dim]."""
-    x = x.unflatten(0, (-1, batch, heads)).permute(1, 0, 3, 2, 4)
-    return x.flatten(1, 2)[:, :seq]
-
-
-class _Documents(NamedTuple):
-    """Where documents start inside the chunks of a segment; masks broadcast over K or C."""
-
-    same: Tensor  # [X, C, C], both tokens are of one document
-    from_start: Tensor  # [X, C, 1], no start up to this token
-    to_end: Tensor  # [X, C, 1], no start after this token
-
-    @classmethod
-    def find(cls, starts: Tensor, heads: int, chunk: int) -> "_Documents | None":
-        """None where no document of the segment starts; starts [batch, seq] bool."""
-        if not starts.any():
-            return None
-        document = cut(starts[:, :, None].expand(-1, -1, heads).long(), chunk).cumsum(1)
-        return cls(document == document.mT, document == 0, document == document[:, -1:])
+from models.ops.scalar_decay import ScalarScores
 
 
 class Segment:
     """Everything that the forward of one segment derives from its inputs alone."""
 
-    def __init__(self, inputs: Inputs, starts: Tensor, heads: int) -> None:
+    def __init__(self, inputs: Inputs, documents: Documents | None) -> None:
         q, k, v, log_decay, beta = inputs
-        self.inputs = inputs
-        self.documents = _Documents.find(starts, heads, q.shape[1])
-        self.dyadic = DyadicScores(q, k, log_decay)
-        prefix, suffix = self.dyadic.prefix, self.dyadic.suffix
-        if self.documents is not None:
-            self.dyadic.scores *= self.documents.same.unsqueeze(1)
-            prefix, suffix = prefix * self.documents.from_start, suffix * self.documents.to_end
-        self.qk, self.kk = self.dyadic.scores.unbind(1)
+        self.inputs, self.documents = inputs, documents
+        scores: type[DyadicScores] | type[ScalarScores]
+        scores = ScalarScores if log_decay.shape[-1] == 1 else DyadicScores
+        self.scored = scores(q, k, log_decay)
+        prefix, suffix = self.scored.prefix, self.scored.suffix
+        if documents is not None:
+            self.scored.scores *= documents.same.unsqueeze(1)
+            prefix, suffix = prefix * documents.from_start, suffix * documents.to_end
+        self.qk, self.kk = self.scored.scores.unbind(1)
         self.qk.diagonal(dim1=1, dim2=2).copy_((q * k).sum(-1))
-        self.through = prefix[:, -1]  # decay of a whole chunk, [X, K]
+        self.through = prefix[:, -1]  # decay of a whole chunk, [X, K] or [X, 1]
         self.prefix, self.suffix = prefix, suffix
         self.q_in, self.k_in, self.k_out = q * prefix, k * prefix, k * suffix
 
@@ -130,7 +85,7 @@ class Segment:
         # Through U and W, that is through the triangular system they solve.
         grad_w = torch.bmm(grad_written, states.mT).neg_()
         from_u, from_w = self.inverse.mT @ grad_written, self.inverse.mT @ grad_w
-        grad_scores = torch.empty_like(self.dyadic.scores)
+        grad_scores = torch.empty_like(self.scored.scores)
         grad_qk, grad_kk = grad_scores.unbind(1)
         grad_qk.copy_(grad_output @ written.mT)
         grad_system = torch.baddbmm(from_u @ self.u.mT, from_w, self.w.mT).neg_()
@@ -144,7 +99,7 @@ class Segment:
         grad_k_out = written @ grad_after.mT
         grad_log_prefix = (grad_q_in * self.q_in).addcmul_(grad_k_in, self.k_in)
         grad_log_prefix[:, -1] += self.through * (states * grad_after).sum(-1)
-        grad_q, grad_k, grad_log_decay = self.dyadic.backward(
+        grad_q, grad_k, grad_log_decay = self.scored.backward(
             grad_scores, grad_log_prefix, grad_k_out * self.k_out
         )
         diagonal = grad_qk.diagonal(dim1=1, dim2=2).unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""The gated delta rule with a decay per key channel: KDA, GDN (one decay per head), DeltaNet.
+"""The gated delta rule with a decay per key channel, KDA, or per head: GDN, DeltaNet.
 
     S_t = (I - beta_t k_t k_t^T) Diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T,    o_t = S_t^T q_t
 
@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.ops.delta_chunk import Inputs, Segment, cut, join
+from models.ops.chunks import Grid, cut, entering, join
+from models.ops.delta_chunk import Segment
 from models.precision import full_precision, widen
 from models.sequence import LinearRecurrence, Recurrent, Response, SequenceInfo
 from models.transition import DenseTransition
@@ -35,7 +36,7 @@ class TokenLoopDeltaRule(LinearRecurrence):
         dtype = v.dtype
         with full_precision(q):
             q, k, v, decay, beta = widen(q), widen(k), widen(v), widen(log_decay).exp(), widen(beta)
-            state, starts = _initial(initial_state, k, v), info.starts
+            state, starts = entering(initial_state, k, v), info.starts
             outputs = []
             for t in range(q.shape[1]):
                 forgets = starts[:, t, None, None, None]
@@ -73,7 +74,7 @@ class ChunkedDeltaRule(LinearRecurrence):
     ) -> Recurrent:
         with full_precision(q):
             inputs = tuple(widen(x) for x in (q, k, v, log_decay, beta))
-            state = _initial(initial_state, inputs[1], inputs[2])
+            state = entering(initial_state, inputs[1], inputs[2])
             output, final = _Chunked.apply(*inputs, state, self._grid(info), None)
         return Recurrent(output.to(v.dtype), final)
 
@@ -102,40 +103,18 @@ class ChunkedDeltaRule(LinearRecurrence):
         through = affine.through[-1].clone()  # not the whole pass
         return Response(affine.reads, DenseTransition(through), affine.written[-1], enter)
 
-    def _grid(self, info: SequenceInfo) -> "_Grid":
-        return _Grid(info.starts, self.chunk, self.segment * self.chunk)
-
-
-def _initial(state: Tensor | None, k: Tensor, v: Tensor) -> Tensor:
-    if state is not None:
-        return state.to(k.dtype)
-    return k.new_zeros(k.shape[0], k.shape[2], k.shape[3], v.shape[3])
-
-
-class _Grid(NamedTuple):
-    """How a row is cut into segments of chunks."""
-
-    starts: Tensor  # [batch, seq] bool, document starts
-    chunk: int  # tokens
-    segment: int  # tokens
-
-    def parts(self) -> list[slice]:
-        seq = self.starts.shape[1]
-        return [slice(i, min(i + self.segment, seq)) for i in range(0, seq, self.segment)]
-
-    def work(self, inputs: Sequence[Tensor], part: slice) -> Segment:
-        tokens = Inputs(*(cut(x[:, part], self.chunk) for x in inputs))
-        return Segment(tokens, self.starts[:, part], inputs[0].shape[2])
+    def _grid(self, info: SequenceInfo) -> Grid:
+        return Grid(info.starts, self.chunk, self.segment * self.chunk)
 
 
 def _scan(
-    inputs: Sequence[Tensor], grid: _Grid, state: Tensor
+    inputs: Sequence[Tensor], grid: Grid, state: Tensor
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """The output of every segment, the states before them, [segments, *state], and the last one."""
     batch, _, heads, _ = inputs[0].shape
     outputs, before = [], []
     for part in grid.parts():
-        work = grid.work(inputs, part)
+        work = Segment(*grid.cut(inputs, part))
         before.append(state)
         states, after = work.states(state.flatten(0, 1))
         outputs.append(join(work.output(states), batch, heads, part.stop - part.start))
@@ -154,7 +133,7 @@ class _Affine(NamedTuple):
     written: Tensor  # ..., value_dim]
 
     @classmethod
-    def of(cls, inputs: Sequence[Tensor], grid: _Grid) -> "_Affine":
+    def of(cls, inputs: Sequence[Tensor], grid: Grid) -> "_Affine":
         _, k, v, *_ = inputs
         (batch, _, heads, key_dim), value_dim = k.shape, v.shape[3]
         columns = key_dim, value_dim
@@ -194,7 +173,7 @@ class _Chunked(torch.autograd.Function):
         grads = [torch.empty_like(x) for x in inputs]
         grad_final = grad_state.flatten(0, 1)
         for part, state in zip(reversed(ctx.grid.parts()), reversed(before.unbind(0)), strict=True):
-            work = ctx.grid.work(inputs, part)
+            work = Segment(*ctx.grid.cut(inputs, part))
             states, _ = work.states(state.flatten(0, 1))
             grad = cut(grad_output[:, part], ctx.grid.chunk)
             segment_grads, grad_final = work.backward(states, grad, grad_final)

@@ -3,6 +3,7 @@
 They take one flat row of sequences, each with its own initial state.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models.ops.conv import behind, pieces
+from models.ops.decayed_sum import DecayedSum
 from models.ops.runs import runs
 from models.precision import full_precision
 from models.sequence import CausalConv, Fragment, LinearRecurrence, Recurrent, SequenceInfo
@@ -36,7 +38,8 @@ def sequences(rows: Rows, device: torch.device) -> Sequences:
 
 
 class FlaDeltaRule(LinearRecurrence):
-    """`chunk_kda`; matrix products in the dtype of v, gates and states in fp32."""
+    """`chunk_kda` or, for one decay per head, `chunk_gated_delta_rule`; matrix products in the
+    dtype of v, gates and states in fp32."""
 
     @torch.compiler.disable
     def forward(
@@ -50,25 +53,62 @@ class FlaDeltaRule(LinearRecurrence):
         *,
         initial_state: Tensor | None = None,
     ) -> Recurrent:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
         from fla.ops.kda import chunk_kda
 
-        packed = sequences(info.fragments, q.device)
-        states = None
-        if initial_state is not None:
-            keeps = (info.positions[:, 0] > 0)[:, None, None, None]
-            entering = torch.where(keeps, initial_state.float(), 0)
-            states = entering.new_zeros(len(packed.bounds) - 1, *entering.shape[1:])
-            states = states.index_copy(0, packed.first, entering)
+        kernel = chunk_kda
+        if log_decay.shape[-1] == 1:
+            kernel, log_decay = chunk_gated_delta_rule, log_decay.squeeze(-1)
         tensors = q.to(v.dtype), k.to(v.dtype), v, log_decay.float(), beta.float()
-        with full_precision(q):
-            output, final = chunk_kda(
-                *(x.flatten(0, 1).unsqueeze(0) for x in tensors),
-                scale=1.0,
-                initial_state=states,
-                output_final_state=True,
-                cu_seqlens=packed.bounds,
-            )
-        return Recurrent(output.view_as(v), final[packed.last])
+        return _recur(kernel, tensors, info, initial_state)
+
+
+class FlaDecayedSum(DecayedSum):
+    """`chunk_simple_gla`; matrix products in the dtype of v, decays and states in fp32."""
+
+    @torch.compiler.disable
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        beta: Tensor,
+        info: SequenceInfo,
+        *,
+        initial_state: Tensor | None = None,
+    ) -> Recurrent:
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        written = (v * beta.unsqueeze(-1)).to(v.dtype)
+        tensors = q.to(v.dtype), k.to(v.dtype), written, log_decay.squeeze(-1).float()
+        return _recur(chunk_simple_gla, tensors, info, initial_state)
+
+
+def _recur(
+    kernel: Callable[..., tuple[Tensor, Tensor]],
+    tensors: tuple[Tensor, ...],
+    info: SequenceInfo,
+    initial_state: Tensor | None,
+) -> Recurrent:
+    """tensors: q, k, v, then what the kernel takes; each run of a row a sequence of its own."""
+    q, _, v, *_ = tensors
+    packed = sequences(info.fragments, q.device)
+    states = None
+    if initial_state is not None:
+        keeps = (info.positions[:, 0] > 0)[:, None, None, None]
+        entering = torch.where(keeps, initial_state.float(), 0)
+        states = entering.new_zeros(len(packed.bounds) - 1, *entering.shape[1:])
+        states = states.index_copy(0, packed.first, entering)
+    with full_precision(q):
+        output, final = kernel(
+            *(x.flatten(0, 1).unsqueeze(0) for x in tensors),
+            scale=1.0,
+            initial_state=states,
+            output_final_state=True,
+            cu_seqlens=packed.bounds,
+        )
+    return Recurrent(output.view_as(v), final[packed.last])
 
 
 class FlaConv(CausalConv):

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from models.ops.conv import FragmentConv, ShiftedConv
+from models.ops.decayed_sum import ChunkedDecayedSum, TokenLoopDecayedSum
 from models.ops.delta_rule import ChunkedDeltaRule, TokenLoopDeltaRule
 from models.ops.experts import GroupedExperts, GroupedMatmulExperts, LoopExperts
-from models.ops.fla import FlaConv, FlaDeltaRule
+from models.ops.fla import FlaConv, FlaDecayedSum, FlaDeltaRule
 from models.ops.flash import AtenVarlenSoftmax, FlashSoftmax
 from models.ops.latent import MaterialisedLatent
 from models.ops.softmax import AtenSoftmax, EinsumSoftmax
@@ -49,6 +50,9 @@ CHOICES = (
     Choice("delta_rule", "fla", FlaDeltaRule, "cuda", "fla", NARROW),  # in fp32 it uses TF32
     Choice("delta_rule", "chunked", ChunkedDeltaRule),
     Choice("delta_rule", "reference", TokenLoopDeltaRule),
+    Choice("decayed_sum", "fla", FlaDecayedSum, "cuda", "fla", NARROW),
+    Choice("decayed_sum", "chunked", ChunkedDecayedSum),
+    Choice("decayed_sum", "reference", TokenLoopDecayedSum),
     Choice("conv", "fla", FlaConv, "cuda", "fla", UP_TO_FP32),
     Choice("conv", "fused", FragmentConv),
     Choice("conv", "reference", ShiftedConv),
@@ -71,13 +75,20 @@ class Ops:
         *,
         softmax: str = "auto",
         delta_rule: str = "auto",
+        decayed_sum: str = "auto",
         conv: str = "auto",
         experts: str = "auto",
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
     ) -> None:
         device = torch.device(device).type
-        asked = {"softmax": softmax, "delta_rule": delta_rule, "conv": conv, "experts": experts}
+        asked = {
+            "softmax": softmax,
+            "delta_rule": delta_rule,
+            "decayed_sum": decayed_sum,
+            "conv": conv,
+            "experts": experts,
+        }
         self._chosen = {op: _choose(op, name, device, dtype) for op, name in asked.items()}
 
     def softmax(self, *, causal: bool = True) -> SoftmaxAttention:
@@ -88,6 +99,9 @@ class Ops:
 
     def delta_rule(self) -> LinearRecurrence:
         return self._chosen["delta_rule"].build()
+
+    def decayed_sum(self) -> LinearRecurrence:
+        return self._chosen["decayed_sum"].build()
 
     def conv(self) -> CausalConv:
         return self._chosen["conv"].build()

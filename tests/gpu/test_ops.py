@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.norm import RMSNorm
 from models.ops.conv import ShiftedConv
+from models.ops.decayed_sum import TokenLoopDecayedSum
 from models.ops.delta_rule import TokenLoopDeltaRule
 from models.ops.experts import LoopExperts
 from models.ops.select import Ops
@@ -109,11 +110,12 @@ DELTA_RULES = ["chunked", pytest.param("fla", marks=needs("fla"))]
 DELTA_DTYPES = [BF16] * 3 + [FP32] * 3
 
 
-def delta_rule_inputs(info: SequenceInfo) -> list[Tensor]:
-    """q, k, v, log_decay, beta and an initial state."""
+def recurrence_inputs(info: SequenceInfo, decays: int = 64) -> list[Tensor]:
+    """q, k, v, log_decay, beta and an initial state; decays: per head."""
     (batch, seq), heads, dim = info.shape, 3, 64
     q, k, v, log_decay, beta, state = random_tensors(
-        *[(batch, seq, heads, dim)] * 4,
+        *[(batch, seq, heads, dim)] * 3,
+        (batch, seq, heads, decays),
         (batch, seq, heads),
         (batch, heads, dim, dim),
         device=DEVICE,
@@ -123,11 +125,17 @@ def delta_rule_inputs(info: SequenceInfo) -> list[Tensor]:
     return [x.detach().requires_grad_() for x in exact]
 
 
+RECURRENCES = {"delta_rule": TokenLoopDeltaRule(), "decayed_sum": TokenLoopDecayedSum()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "decays"), [("delta_rule", 64), ("delta_rule", 1), ("decayed_sum", 1)]
+)
 @pytest.mark.parametrize("name", DELTA_RULES)
 @pytest.mark.parametrize(
     "info", [PACKED, CUT, SequenceInfo.span(2, 5, 205)], ids=["packed", "cut", "continued"]
 )
-def test_delta_rule(name, info):
+def test_recurrence(name, info, kind, decays):
     info = info.to(DEVICE)
 
     def first(op):
@@ -136,9 +144,10 @@ def test_delta_rule(name, info):
     def later(op):
         return lambda *x: op.response(*x[:5], info).enter(x[5])
 
-    op, exact = Ops(delta_rule=name, device=DEVICE).delta_rule(), delta_rule_inputs(info)
+    op = getattr(Ops(**{kind: name}, device=DEVICE), kind)()
+    exact = recurrence_inputs(info, decays)
     for run in (first, later):
-        within_budget(run(op), first(TokenLoopDeltaRule()), exact, DELTA_DTYPES)
+        within_budget(run(op), first(RECURRENCES[kind]), exact, DELTA_DTYPES)
 
 
 @pytest.mark.parametrize("name", DELTA_RULES)
@@ -149,7 +158,7 @@ def test_delta_rule_before_a_state_enters(name):
         response = op.response(*tensors[:5], info)
         return [response.reads, response.transition.tensor, response.update]
 
-    exact = delta_rule_inputs(info)
+    exact = recurrence_inputs(info)
     exact[3] = exact[3] / 20  # something is left of the first state
     rounded = [x.detach().to(dtype) for x, dtype in zip(exact, DELTA_DTYPES, strict=True)]
     got = run(Ops(delta_rule=name, device=DEVICE).delta_rule(), rounded)

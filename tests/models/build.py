@@ -16,7 +16,9 @@ from trainer.main import CONF, plain, register_groups
 MIXERS = sorted(path.stem for path in (CONF / "mixer").glob("*.yaml"))
 MODELS = sorted({path.stem for path in (CONF / "model").glob("*.yaml")} - {"init_from"})
 M = TypeVar("M", bound=nn.Module)
-REFERENCE = Ops(softmax="reference", delta_rule="reference", conv="reference", experts="reference")
+REFERENCE = Ops(
+    **dict.fromkeys(("softmax", "delta_rule", "decayed_sum", "conv", "experts"), "reference")
+)
 
 
 def compose(overrides: list[str]) -> dict:

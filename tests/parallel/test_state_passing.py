@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from models.ops.decayed_sum import ChunkedDecayedSum, TokenLoopDecayedSum
 from models.ops.delta_rule import ChunkedDeltaRule, TokenLoopDeltaRule
 from models.sequence import Fragment, LinearRecurrence, Recurrent, Response, SequenceInfo
 from models.transition import DenseTransition
@@ -42,10 +43,18 @@ def chunked() -> ChunkedDeltaRule:
     return op
 
 
-OPS = {
-    "delta rule": (chunked, TokenLoopDeltaRule),
-    "diagonal": (DecayedWrites, DecayedWrites),
-    "scalar": (ScalarDecay, ScalarDecay),
+def decayed_sum() -> ChunkedDecayedSum:
+    op = ChunkedDecayedSum()
+    op.chunk, op.segment = 4, 2
+    return op
+
+
+OPS = {  # fast form, definition, decays per head
+    "delta rule": (chunked, TokenLoopDeltaRule, KEY),
+    "delta rule, one decay": (chunked, TokenLoopDeltaRule, 1),
+    "decayed sum": (decayed_sum, TokenLoopDecayedSum, 1),
+    "diagonal": (DecayedWrites, DecayedWrites, KEY),
+    "scalar": (ScalarDecay, ScalarDecay, KEY),
 }
 SCHEMES: dict[str, Callable[[LinearRecurrence, Axis], LinearRecurrence]] = {
     "gather": lambda op, axis: StatePassing(op, axis=axis),
@@ -58,10 +67,13 @@ def inputs(
     peers: tuple[Row, ...],
     dtype: torch.dtype = torch.float64,
     dims: tuple[int, int] = (KEY, VALUE),
+    decays: int | None = None,
 ) -> list[Tensor]:
-    """q, k, v, log_decay, beta and a weight of the output; decays of -20 to 0, by head."""
+    """q, k, v, log_decay, beta and a weight of the output; decays of -20 to 0, by head, as many as
+    key channels unless given."""
     key, value = ((HEADS, dim) for dim in dims)
-    q, k, v, gate, beta, weight = random_heads(peers, [key, key, value, key, (HEADS,), value])
+    shapes = [key, key, value, (HEADS, decays or dims[0]), (HEADS,), value]
+    q, k, v, gate, beta, weight = random_heads(peers, shapes)
     slowest = torch.tensor([0.0, -1e-3, -1.0, -20.0], dtype=gate.dtype).unsqueeze(-1)
     tensors = [q, F.normalize(k, dim=-1), v, gate.sigmoid() * slowest, beta.sigmoid(), weight]
     return [x.detach().to(dtype).requires_grad_() for x in tensors]
@@ -94,13 +106,13 @@ def on_one_rank(op: LinearRecurrence, peers: tuple[Row, ...], tokens: list[Tenso
 
 def errors(
     build: Callable[[LinearRecurrence, Axis], LinearRecurrence],
-    ops: tuple[type, type],
+    ops: tuple[Callable[[], LinearRecurrence], type[LinearRecurrence], int],
     peers: tuple[Row, ...],
     axis: Axis,
 ) -> float:
     """Largest difference of outputs, final state and every gradient, relative to the largest."""
-    fast, definition = ops
-    *tokens, weight = inputs(peers)
+    fast, definition, decays = ops
+    *tokens, weight = inputs(peers, decays=decays)
     output, states = on_one_rank(definition(), peers, tokens)
     scheme, info = build(fast(), axis), rank_info(peers, axis.rank)
     own = [local(x, info) for x in tokens]
@@ -206,7 +218,11 @@ def test_bytes_do_not_depend_on_the_length():
 def check_bytes(axis: Axis) -> None:
     """Each fragment's summary goes once to every rank that holds a later one, its gradient back."""
     state, dense = HEADS * KEY * VALUE, HEADS * KEY * KEY
-    for fast, through in ((chunked, dense), (DecayedWrites, HEADS * KEY), (ScalarDecay, HEADS)):
+    kinds = (
+        *((chunked, dense, KEY), (chunked, dense, 1)),
+        *((DecayedWrites, HEADS * KEY, KEY), (decayed_sum, HEADS, 1)),
+    )
+    for fast, through, decays in kinds:
         for dtype, size in ((torch.float64, 8), (torch.float32, 4)):
             for n in (8, 32):
                 # Rank 3 holds the two chunks in the middle: one run.
@@ -218,17 +234,20 @@ def check_bytes(axis: Axis) -> None:
                         forward += size * (state + (through if i else 0))
                     elif rank == axis.rank:
                         backward += size * state * len(set(held[i + 1 :]) - {rank})
-                assert traffic(fast(), axis, place([4 * n], zigzag(4, n)), dtype) == {
+                peers = place([4 * n], zigzag(4, n))
+                assert traffic(fast(), axis, peers, dtype, decays) == {
                     ("all_to_all", "recurrence", "forward"): forward,
                     ("all_to_all", "recurrence", "backward"): backward,
                 }
     # Documents that no cut crosses, and on every rank another number of them.
     peers = place([8, 3, 5, 8, 1, 1, 6], contiguous(4, 8))
-    assert not traffic(chunked(), axis, peers, torch.float32)
+    assert not traffic(chunked(), axis, peers, torch.float32, KEY)
 
 
-def traffic(op: LinearRecurrence, axis: Axis, peers: tuple[Row, ...], dtype: torch.dtype) -> dict:
-    *tokens, _ = inputs(peers, dtype)
+def traffic(
+    op: LinearRecurrence, axis: Axis, peers: tuple[Row, ...], dtype: torch.dtype, decays: int
+) -> dict:
+    *tokens, _ = inputs(peers, dtype, decays=decays)
     info = rank_info(peers, axis.rank)
     StatePassing(op, axis=axis)(*(local(x, info) for x in tokens), info).output.sum().backward()
     return dict(axis.traffic.take())

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from models.ops.delta_rule import ChunkedDeltaRule, TokenLoopDeltaRule
 from models.ops.dyadic import DyadicScores
+from models.ops.scalar_decay import ScalarScores
 from models.sequence import Fragment, Recurrent, SequenceInfo
+from tests.helpers import assert_equal
 
 HEADS, KEY, VALUE = 3, 8, 5
 # Documents of the two rows: cuts inside chunks, on their edges, and of a single token.
@@ -22,8 +24,10 @@ GATES = {
 }
 
 
-def make_inputs(info: SequenceInfo, gate: str, dtype: torch.dtype) -> list[Tensor]:
-    """q, k, v, log_decay, beta, initial state; heads and documents differ."""
+def make_inputs(
+    info: SequenceInfo, gate: str, dtype: torch.dtype, *, decays: int = KEY
+) -> list[Tensor]:
+    """q, k, v, log_decay, beta, initial state; heads and documents differ. decays: per head."""
     generator = torch.Generator().manual_seed(0)
     batch, seq = info.shape
 
@@ -31,7 +35,7 @@ def make_inputs(info: SequenceInfo, gate: str, dtype: torch.dtype) -> list[Tenso
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     low, high = GATES[gate]
-    gates = torch.rand(batch, seq, HEADS, KEY, generator=generator, dtype=torch.float64)
+    gates = torch.rand(batch, seq, HEADS, decays, generator=generator, dtype=torch.float64)
     gates = (low + (high - low) * gates**4) * torch.tensor([1.0, 0.3, 0.9])[:, None]
     tensors = [
         F.normalize(normal(batch, seq, HEADS, KEY), dim=-1) * KEY**-0.5,
@@ -92,6 +96,23 @@ def test_chunked_equals_token_loop(rows, gate, dtype, tolerance, way):
         assert (got - want).abs().max() <= tolerance * scale, name
 
 
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("rows", PACKINGS, ids=str)
+def test_one_decay_per_head(rows, gate):
+    """Chunked equals token loop, and both the same decay in every channel."""
+    info = continued(rows)
+    inputs = make_inputs(info, gate, torch.float64, decays=1)
+    op = ChunkedDeltaRule()
+    op.segment = 2
+    expected = run(TokenLoopDeltaRule(), inputs, info)
+    assert_equal(run(op, inputs, info), expected, 1e-12)
+    assert_equal(run(entered(op), inputs, info), expected, 1e-12)
+    inputs[3] = inputs[3].detach().expand_as(inputs[1]).contiguous().requires_grad_()
+    channels = run(op, inputs, info)
+    channels[5] = channels[5].sum(-1, keepdim=True)
+    assert_equal(channels, expected, 1e-12)
+
+
 @pytest.mark.parametrize("seq", [64, 128])
 def test_a_single_chunk_of_a_single_head(seq):
     info = SequenceInfo.from_lengths([[seq], [seq]])
@@ -113,6 +134,8 @@ def test_weak_decays_beside_strong_ones_keep_their_precision():
     qk = DyadicScores(q, q, log_decay).scores[:, 0]
     exact = 2 * torch.exp(torch.tensor(-3e-3, dtype=torch.float64))
     assert abs(qk[0, 63, 60].double() - exact) <= 1e-6
+    qk = ScalarScores(q, q, log_decay[..., :1]).scores[:, 0]
+    assert abs(qk[0, 63, 60].double() - exact) <= 1e-6
 
 
 def test_decays_beyond_the_exponent_range_stay_finite():
@@ -120,11 +143,12 @@ def test_decays_beyond_the_exponent_range_stay_finite():
     q, k, v, _, beta, state = (
         x[:1].detach() for x in make_inputs(continued([[100], [100]]), "none", torch.float32)
     )
-    log_decay = torch.full_like(k, -1e4).requires_grad_()
-    output, final = ChunkedDeltaRule()(q, k, v, log_decay, beta, info, initial_state=state)
-    (grad,) = torch.autograd.grad(output.sum() + final.sum(), log_decay)
-    assert output.isfinite().all()
-    assert grad.isfinite().all()
+    for log_decay in (torch.full_like(k, -1e4), torch.full_like(k[..., :1], -1e4)):
+        log_decay.requires_grad_()
+        output, final = ChunkedDeltaRule()(q, k, v, log_decay, beta, info, initial_state=state)
+        (grad,) = torch.autograd.grad(output.sum() + final.sum(), log_decay)
+        assert output.isfinite().all()
+        assert grad.isfinite().all()
 
 
 @pytest.mark.parametrize("op", [TokenLoopDeltaRule(), ChunkedDeltaRule()], ids=["loop", "chunked"])

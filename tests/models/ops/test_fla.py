@@ -10,15 +10,19 @@ import torch
 from torch import Tensor
 
 from models.ops.conv import ShiftedConv
+from models.ops.decayed_sum import TokenLoopDecayedSum
 from models.ops.delta_rule import TokenLoopDeltaRule
-from models.ops.fla import FlaConv, FlaDeltaRule
+from models.ops.fla import FlaConv, FlaDecayedSum, FlaDeltaRule
 from models.sequence import Response, SequenceInfo
 from tests.helpers import INFOS, assert_equal, outputs_and_gradients, random_tensors
 
 HEADS, DIM, CHANNELS, WIDTH = 2, 4, 3, 4
 
 
-def chunk_kda(q, k, v, g, beta, *, scale, initial_state, output_final_state, cu_seqlens):
+DELTA, DECAYED = TokenLoopDeltaRule(), TokenLoopDecayedSum()
+
+
+def chunk_kda(q, k, v, g, beta, *, scale, initial_state, output_final_state, cu_seqlens, op=DELTA):
     """One sequence after the other; without a scale the kernel would choose its own."""
     assert scale == 1.0 and output_final_state and len(q) == 1
     outputs, states = [], []
@@ -26,10 +30,20 @@ def chunk_kda(q, k, v, g, beta, *, scale, initial_state, output_final_state, cu_
         part = (x[:, start:stop] for x in (q, k, v, g, beta))
         info = SequenceInfo.span(1, 1, 1 + stop - start)  # goes on: the state enters as it is
         state = None if initial_state is None else initial_state[i : i + 1]
-        output, final = TokenLoopDeltaRule()(*part, info, initial_state=state)
+        output, final = op(*part, info, initial_state=state)
         outputs.append(output)
         states.append(final)
     return torch.cat(outputs, dim=1), torch.cat(states)
+
+
+def chunk_gated_delta_rule(q, k, v, g, beta, **keywords):
+    """Decays are [1, seq, heads]."""
+    return chunk_kda(q, k, v, g.unsqueeze(-1), beta, **keywords)
+
+
+def chunk_simple_gla(q, k, v, g, *, scale, **keywords):
+    ones = torch.ones_like(g)
+    return chunk_kda(q, k, v, g.unsqueeze(-1), ones, scale=scale, op=DECAYED, **keywords)
 
 
 def causal_conv1d(x, weight, *, cu_seqlens):
@@ -45,6 +59,8 @@ def causal_conv1d(x, weight, *, cu_seqlens):
 def package(monkeypatch):
     for name, function in (
         ("fla.ops.kda", chunk_kda),
+        ("fla.ops.gated_delta_rule", chunk_gated_delta_rule),
+        ("fla.ops.simple_gla", chunk_simple_gla),
         ("fla.modules.causal_conv1d", causal_conv1d),
     ):
         module = ModuleType(name)
@@ -52,12 +68,21 @@ def package(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
 
 
+RECURRENCES = {
+    "one decay a channel": (FlaDeltaRule(), DELTA, DIM),
+    "one decay a head": (FlaDeltaRule(), DELTA, 1),
+    "decayed sum": (FlaDecayedSum(), DECAYED, 1),
+}
+
+
+@pytest.mark.parametrize(("adapter", "definition", "decays"), RECURRENCES.values(), ids=RECURRENCES)
 @pytest.mark.parametrize("with_state", [True, False])
 @pytest.mark.parametrize("name", INFOS)
-def test_delta_rule(name, with_state):
+def test_recurrence(name, with_state, adapter, definition, decays):
     info = INFOS[name]
     batch, seq = info.shape
-    shapes = [(batch, seq, HEADS, DIM)] * 4 + [(batch, seq, HEADS), (batch, HEADS, DIM, DIM)]
+    shapes = [(batch, seq, HEADS, DIM)] * 3 + [(batch, seq, HEADS, decays), (batch, seq, HEADS)]
+    shapes.append((batch, HEADS, DIM, DIM))
     tensors = random_tensors(*shapes, dtype=torch.float32)
 
     def run(op):
@@ -67,18 +92,18 @@ def test_delta_rule(name, with_state):
 
         return outputs_and_gradients(call, tensors)
 
-    assert_equal(run(FlaDeltaRule()), run(TokenLoopDeltaRule()), 1e-5)
+    assert_equal(run(adapter), run(definition), 1e-5)
 
 
+@pytest.mark.parametrize(("adapter", "definition", "decays"), RECURRENCES.values(), ids=RECURRENCES)
 @pytest.mark.parametrize("name", INFOS)
-def test_delta_rule_before_a_state_enters(name):
+def test_recurrence_before_a_state_enters(name, adapter, definition, decays):
     batch, seq = INFOS[name].shape
-    shapes = [(batch, seq, HEADS, DIM)] * 4 + [(batch, seq, HEADS)]
+    shapes = [(batch, seq, HEADS, DIM)] * 3 + [(batch, seq, HEADS, decays), (batch, seq, HEADS)]
     q, k, v, log_decay, beta = random_tensors(*shapes, dtype=torch.float32)
     tokens = q, 0.3 * k, v, -log_decay.square(), beta.sigmoid()
     got, expected = (
-        op.response(*(x.detach() for x in tokens), INFOS[name])
-        for op in (FlaDeltaRule(), TokenLoopDeltaRule())
+        op.response(*(x.detach() for x in tokens), INFOS[name]) for op in (adapter, definition)
     )
     assert_equal(numbers(got), numbers(expected), 1e-5)
 

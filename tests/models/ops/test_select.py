@@ -5,6 +5,7 @@ import torch
 
 from models.ops import select
 from models.ops.conv import FragmentConv, ShiftedConv
+from models.ops.decayed_sum import ChunkedDecayedSum, TokenLoopDecayedSum
 from models.ops.delta_rule import ChunkedDeltaRule, TokenLoopDeltaRule
 from models.ops.experts import GroupedExperts, GroupedMatmulExperts, LoopExperts
 from models.ops.flash import AtenVarlenSoftmax, FlashSoftmax
@@ -22,9 +23,13 @@ def packages(request, monkeypatch) -> bool:
 
 def test_auto_on_cpu(packages):
     ops = Ops()
-    assert ops.describe() == "softmax=aten delta_rule=chunked conv=fused experts=grouped"
+    assert (
+        ops.describe()
+        == "softmax=aten delta_rule=chunked decayed_sum=chunked conv=fused experts=grouped"
+    )
     assert type(ops.softmax()) is AtenSoftmax
     assert type(ops.delta_rule()) is ChunkedDeltaRule
+    assert type(ops.decayed_sum()) is ChunkedDecayedSum
     assert type(ops.conv()) is FragmentConv
     assert type(ops.experts()) is GroupedExperts
     latent = ops.latent()
@@ -36,15 +41,15 @@ def test_auto_on_cpu(packages):
 
 def test_auto_on_cuda(packages):
     ops = Ops(device="cuda")
-    line = "softmax=flash delta_rule=fla conv=fla experts=grouped"
-    bare = "softmax=aten delta_rule=chunked conv=fused experts=grouped"
+    line = "softmax=flash delta_rule=fla decayed_sum=fla conv=fla experts=grouped"
+    bare = "softmax=aten delta_rule=chunked decayed_sum=chunked conv=fused experts=grouped"
     assert ops.describe() == (line if packages else bare)
     assert type(ops.softmax()) is (FlashSoftmax if packages else AtenVarlenSoftmax)
     assert type(ops.experts()) is GroupedMatmulExperts
 
 
 def test_auto_takes_no_kernel_that_would_narrow(packages):
-    wide = "softmax=reference delta_rule=chunked"
+    wide = "softmax=reference delta_rule=chunked decayed_sum=chunked"
     conv = "fla" if packages else "fused"
     ops = Ops(device="cuda", dtype=torch.float32)
     assert ops.describe() == f"{wide} conv={conv} experts=grouped"
@@ -58,11 +63,12 @@ def test_auto_takes_no_kernel_that_would_narrow(packages):
 @pytest.mark.parametrize("device", ["cpu", "cuda:1", "meta"])
 def test_reference_runs_everywhere(device):
     name = "reference"
-    ops = Ops(softmax=name, delta_rule=name, conv=name, experts=name, device=device)
-    built = ops.softmax(), ops.delta_rule(), ops.conv(), ops.experts()
-    assert [type(op) for op in built] == [
+    names = ("softmax", "delta_rule", "decayed_sum", "conv", "experts")
+    ops = Ops(**dict.fromkeys(names, name), device=device)
+    assert [type(getattr(ops, op)()) for op in names] == [
         EinsumSoftmax,
         TokenLoopDeltaRule,
+        TokenLoopDecayedSum,
         ShiftedConv,
         LoopExperts,
     ]

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.ops.decayed_sum import ChunkedDecayedSum, DecayedSum, TokenLoopDecayedSum
 from models.ops.delta_rule import ChunkedDeltaRule, TokenLoopDeltaRule
 from models.sequence import LinearRecurrence, SequenceInfo
 from tests.helpers import assert_equal, outputs_and_gradients, random_tensors
@@ -29,16 +30,19 @@ OPS: dict[str, LinearRecurrence] = {
     "token loop": TokenLoopDeltaRule(),
     "chunked": ChunkedDeltaRule(),
     "small chunks": small_chunks(),
+    "decayed sum, token loop": TokenLoopDecayedSum(),
+    "decayed sum, chunked": ChunkedDecayedSum(),
     "diagonal": DecayedWrites(),
     "scalar": ScalarDecay(),
 }
 
 
-def inputs(info: SequenceInfo) -> list[Tensor]:
+def inputs(op: LinearRecurrence, info: SequenceInfo) -> list[Tensor]:
     """q, k, v, log_decay, beta, state; some heads keep their state and others lose it."""
     batch, seq = info.shape
     key, value = (batch, seq, HEADS, KEY), (batch, seq, HEADS, VALUE)
-    shapes = key, key, value, key, key[:3], (batch, HEADS, KEY, VALUE)
+    gate = (*key[:3], 1) if isinstance(op, DecayedSum) else key
+    shapes = key, key, value, gate, key[:3], (batch, HEADS, KEY, VALUE)
     q, k, v, gate, beta, state = random_tensors(*shapes)
     speed = torch.tensor([0.0, 0.1, 20.0], dtype=torch.float64)[:, None]
     return [q, F.normalize(k, dim=-1), v, -gate.sigmoid() * speed, beta.sigmoid(), state]
@@ -63,7 +67,7 @@ def check_later(op: LinearRecurrence, info: SequenceInfo) -> None:
         *tokens, state = tensors
         return op(*tokens, info, initial_state=state)
 
-    tensors = inputs(info)
+    tensors = inputs(op, info)
     got, expected = (outputs_and_gradients(way, tensors) for way in (later, first))
     assert_equal(got, expected, 1e-12)
 
@@ -71,7 +75,7 @@ def check_later(op: LinearRecurrence, info: SequenceInfo) -> None:
 @pytest.mark.parametrize("info", INFOS.values(), ids=INFOS)
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_response_is_affine_in_the_state(op, info):
-    *tokens, state = inputs(info)
+    *tokens, state = inputs(op, info)
     results = op(*tokens, info, initial_state=state)
     grads = random_tensors(*(x.shape for x in results))
     (expected,) = torch.autograd.grad(results, state, grads)
@@ -88,7 +92,7 @@ def test_response_is_affine_in_the_state(op, info):
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_summaries_compose_to_that_of_the_whole(op):
-    *tokens, _ = inputs(SequenceInfo.span(2, 7, 97))
+    *tokens, _ = inputs(op, SequenceInfo.span(2, 7, 97))
 
     def summary(start: int, stop: int):
         info = SequenceInfo.span(2, 7 + start, 7 + stop)
@@ -102,7 +106,7 @@ def test_summaries_compose_to_that_of_the_whole(op):
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_adjoint_is_the_transpose(op):
-    *tokens, state = inputs(SequenceInfo.span(2, 7, 97))
+    *tokens, state = inputs(op, SequenceInfo.span(2, 7, 97))
     _, transition, update, _ = op.response(*tokens, SequenceInfo.span(2, 7, 97))
     left = (transition.apply(state) * update).sum()
     assert_equal([left], [(state * transition.adjoint(update)).sum()], 1e-12)
