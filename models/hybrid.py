@@ -1,7 +1,8 @@
 """HybridLM: a language model whose layers take their token mixer from a pattern.
 
-embed > [norm, mixer, norm, feed-forward] x num_layers > norm; the head is `head_weight`, applied
-by whoever needs logits: a loss in tiles, generation to the last token alone.
+embed > [norm, mixer, norm, feed-forward] x num_layers > norm; a model may do without feed-forwards.
+The head is `head_weight`, applied by whoever needs logits: a loss in tiles, generation to the last
+token alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,27 +23,32 @@ from models.sequence import SequenceInfo
 
 
 class Layer(nn.Module):
-    """One mixer and one feed-forward sub-layer: the unit of checkpointing, compiling, sharding."""
+    """One mixer and one feed-forward sub-layer, or none: the unit of checkpointing, compiling,
+    sharding. residuals: one per sub-layer."""
 
     def __init__(
         self,
         d_model: int,
         *,
         mixer: Mixer,
-        ffn: FeedForward,
-        residuals: tuple[Residual, Residual],
+        ffn: FeedForward | None,
+        residuals: Sequence[Residual],
         norm_eps: float,
     ) -> None:
         super().__init__()
-        self.mixer_residual, self.ffn_residual = residuals
+        self.mixer_residual = residuals[0]
         self.mixer_norm = RMSNorm(d_model, eps=norm_eps)
         self.mixer = mixer
-        self.ffn_norm = RMSNorm(d_model, eps=norm_eps)
         self.ffn = ffn
+        if ffn is not None:
+            self.ffn_residual = residuals[1]
+            self.ffn_norm = RMSNorm(d_model, eps=norm_eps)
 
     def forward(self, stream: Stream, info: SequenceInfo, cache: Cache | None = None) -> Stream:
         x = self.mixer_norm(self.mixer_residual(stream))
         stream = self.mixer_residual.write(stream, self.mixer(x, info, cache))
+        if self.ffn is None:
+            return stream
         x = self.ffn_norm(self.ffn_residual(stream))
         return self.ffn_residual.write(stream, self.ffn(x, info))
 
@@ -52,6 +58,7 @@ class HybridLM(nn.Module):
 
     Layer i takes mixers[pattern[i % len(pattern)]], and the dense ffn where i < dense_layers or
     moe is None, else the mixture. mixers take (d_model, ops=), ffn (d_model), moe (d_model, ops=).
+    ffn None: no layer has a feed-forward, as in Mamba-2; then moe is None too.
     residual_block: sub-layers per block of Block Attention Residuals; None for a plain sum.
     """
 
@@ -63,7 +70,7 @@ class HybridLM(nn.Module):
         num_layers: int,
         pattern: Sequence[str],
         mixers: Mapping[str, Callable[..., Mixer]],
-        ffn: Callable[..., FeedForward],
+        ffn: Callable[..., FeedForward] | None,
         ops: Ops,
         moe: Callable[..., FeedForward] | None = None,
         dense_layers: int = 0,
@@ -77,6 +84,10 @@ class HybridLM(nn.Module):
         positive(residual_block=residual_block)
         if init_std < 0:
             raise ValueError(f"init_std is {init_std}; it must be at least 0")
+        if ffn is None and moe is not None:
+            raise ValueError(
+                "ffn is null and moe is not; layers without a feed-forward have neither"
+            )
         _check_pattern(pattern, mixers)
         self.pattern = [pattern[i % len(pattern)] for i in range(num_layers)]
         self.init_std = init_std
@@ -87,18 +98,26 @@ class HybridLM(nn.Module):
             opens = sublayer % residual_block == 0
             return AttentionResidual(d_model, opens_block=opens, norm_eps=norm_eps)
 
+        def feed_forward(layer: int) -> FeedForward | None:
+            if ffn is None or moe is None or layer < dense_layers:
+                return None if ffn is None else ffn(d_model)
+            return moe(d_model, ops=ops)
+
+        sublayers = 1 if ffn is None else 2
         self.embed = nn.Embedding(vocab_size, d_model)
         self.layers = nn.ModuleList(
             Layer(
                 d_model,
                 mixer=mixers[name](d_model, ops=ops),
-                ffn=ffn(d_model) if moe is None or i < dense_layers else moe(d_model, ops=ops),
-                residuals=(residual(2 * i), residual(2 * i + 1)),
+                ffn=feed_forward(i),
+                residuals=[residual(sublayers * i + j) for j in range(sublayers)],
                 norm_eps=norm_eps,
             )
             for i, name in enumerate(self.pattern)
         )
-        self.residual = residual(2 * num_layers)
+        for i, layer in enumerate(self._layers):
+            layer.mixer.place = i, num_layers
+        self.residual = residual(sublayers * num_layers)
         self.norm = RMSNorm(d_model, eps=norm_eps)
         self.head = None if tie_embeddings else nn.Linear(d_model, vocab_size, bias=False)
 
@@ -155,11 +174,9 @@ class HybridLM(nn.Module):
 
     def flops_per_token(self, context: float) -> float:
         """Forward FLOPs, head included, of a token that sees `context` tokens with itself."""
-        per_layer = (
-            layer.mixer.flops_per_token(context) + layer.ffn.flops_per_token()
-            for layer in self._layers
-        )
-        return sum(per_layer) + 2 * self.head_weight.numel()
+        mixers = sum(layer.mixer.flops_per_token(context) for layer in self._layers)
+        ffns = sum(ffn.flops_per_token() for ffn in self._ffns)
+        return mixers + ffns + 2 * self.head_weight.numel()
 
     def state_elements(self, context: int) -> int:
         """Elements remembered per sequence while decoding, after `context` tokens."""
@@ -168,11 +185,15 @@ class HybridLM(nn.Module):
     def active_parameters(self) -> int:
         """Parameters that one token uses."""
         total = sum(parameter.numel() for parameter in self.parameters())
-        return total - sum(layer.ffn.idle_parameters() for layer in self._layers)
+        return total - sum(ffn.idle_parameters() for ffn in self._ffns)
 
     @property
     def _layers(self) -> list[Layer]:
         return cast(list[Layer], list(self.layers))
+
+    @property
+    def _ffns(self) -> list[FeedForward]:
+        return [layer.ffn for layer in self._layers if layer.ffn is not None]
 
 
 def _check_pattern(pattern: Sequence[str], mixers: Mapping[str, object]) -> None:

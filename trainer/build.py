@@ -70,7 +70,7 @@ def build_model(
     vocab_size: the tokenizer's, for a model that does not set its own. Raises ConfigError.
     """
     keywords = {k: v for k, v in model.items() if k not in ("name", "ffn", "moe", "vocab_size")}
-    own, moe = model.get("vocab_size"), model.get("moe")
+    own, ffn, moe = model.get("vocab_size"), model["ffn"], model.get("moe")
     if own is None:
         own = vocab_size
     if not isinstance(own, int) or own < vocab_size:
@@ -83,7 +83,7 @@ def build_model(
             "model",
             vocab_size=own,
             mixers=mixers,
-            ffn=call(SwiGLU, model["ffn"], "model.ffn", partial=True),
+            ffn=None if ffn is None else call(SwiGLU, ffn, "model.ffn", partial=True),
             moe=None if moe is None else call(MoE, moe, "model.moe", partial=True, ops=ops),
             ops=ops,
         )

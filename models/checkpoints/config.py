@@ -70,7 +70,10 @@ def shared_keywords(
 
 
 def check_model(model: Config, fixed: Config, *, family: str) -> None:
-    """Raises ValueError for a keyword of `model` that has another than its one value."""
+    """Raises ValueError for a keyword of `model` that has another than its one value, and unless
+    all layers have a feed-forward where `fixed` does not say so."""
+    if model["ffn"] is None and "ffn" not in fixed:
+        raise ValueError(f"model.ffn is null; {family} has a feed-forward in every layer")
     for keyword, allowed in fixed.items():
         if model[keyword] != allowed:
             raise ValueError(f"model.{keyword} is {model[keyword]}; {family} has only {allowed}")

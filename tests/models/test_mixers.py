@@ -26,6 +26,10 @@ OPTIONS = [
     ("mla", {"rope_frequencies": [0.5**i for i in range(8)]}),
     ("kda", {"gate_lower_bound": -5.0, "full_rank_gate": True}),
     ("kda", {"conv_width": 1}),
+    ("mamba2", {"num_kv_heads": 2, "num_groups": 8, "state_dim": 32, "conv_bias": False}),
+    ("mamba2", {"num_groups": 4, "step_min": 0.3, "step_max": 0.8}),
+    ("mfa", {"rope_base": None}),
+    ("gdn", {"num_key_heads": 2, "negative_eigenvalues": True, "expand_v": 0.5}),
 ]
 EXACT = {"rtol": 0, "atol": 1e-11}
 
@@ -106,7 +110,8 @@ def test_options_keep_the_laws_and_reach_every_parameter(name, keywords):
 
 
 @pytest.mark.parametrize(
-    ("name", "keywords"), [("gqa", {}), ("mla", {}), ("mla", {"num_kv_heads": 1, "nope_dim": 0})]
+    ("name", "keywords"),
+    [("gqa", {}), ("mla", {}), ("mla", {"num_kv_heads": 1, "nope_dim": 0}), ("mfa", {})],
 )
 def test_flops_are_those_of_the_matrix_products(name, keywords):
     """The definition multiplies whole rows, so that every token sees the full context."""
@@ -116,21 +121,36 @@ def test_flops_are_those_of_the_matrix_products(name, keywords):
     assert counter.get_total_flops() == 32 * mixer.flops_per_token(32)
 
 
-def test_flops_of_kda_count_its_state_and_no_context():
-    """The update of a state counts three products of its size: read, write and query."""
-    mixer = make_mixer("kda", num_heads=2, head_dim=8)
-    linears = 24 * (3 * 16 + 8 + 2 + 8 + 16) + 2 * 8 * 16  # q, k, v, decay, beta, gate and output
+STATE_FLOPS = {
+    # q, k, v, decay, beta, gate and output; the delta rule reads a state, writes to it and asks it
+    "kda": 24 * (3 * 16 + 8 + 2 + 8 + 16) + 2 * 8 * 16 + 3 * 16 * 4 + 3 * 2 * 8 * 8,
+    "gdn": 24 * (2 * 16 + 32 + 2 + 2 + 2 * 32) + 64 * 4 + 3 * 2 * 8 * 16,
+    # z, x, B, C, step and output; written to and asked
+    "mamba2": 24 * (2 * 16 + 2 * 64 + 2 + 16) + (16 + 2 * 64) * 4 + 2 * 2 * 8 * 64,
+    "lightning": 24 * 5 * 16 + 2 * 2 * 8 * 8,
+}
+
+
+@pytest.mark.parametrize("name", STATE_FLOPS)
+def test_flops_of_recurrent_mixers_count_the_state_and_no_context(name):
+    mixer = make_mixer(name, num_heads=2, head_dim=8)
     assert mixer.flops_per_token(10) == mixer.flops_per_token(1000)
-    assert mixer.flops_per_token(10) == 2 * (linears + 3 * 16 * 4 + 3 * 2 * 8 * 8)
+    assert mixer.flops_per_token(10) == 2 * STATE_FLOPS[name]
 
 
-def test_initial_decays_are_those_of_the_paper():
-    gate = make_mixer("kda", num_heads=64).decay.gate
+@pytest.mark.parametrize(
+    ("name", "part"), [("kda", "decay.gate"), ("gdn", "decay_gate"), ("mamba2", "time_step")]
+)
+def test_initial_decays_are_those_of_the_paper(name, part):
+    gate = make_mixer(name, num_heads=512, head_dim=4).get_submodule(part)
     gate.reset_parameters(0.02)
     rate, step = gate.log_rate.exp(), torch.nn.functional.softplus(gate.bias)
-    assert 1 <= rate.min() < 2 and 15 < rate.max() <= 16
+    assert 1 <= rate.min() < 1.2 and 15.8 < rate.max() <= 16
     assert 0.9e-3 < step.min() < 1.2e-3 and 0.09 < step.max() < 0.11
-    assert 0.9e-2 < step.median() < 1.1e-2  # log-uniform
+    assert 0.8e-2 < step.median() < 1.25e-2  # log-uniform
+
+
+def test_a_bounded_gate_starts_at_rate_one():
     bounded = make_mixer("kda", gate_lower_bound=-5.0).decay.gate
     bounded.reset_parameters(0.02)
     assert not bounded.log_rate.any()
@@ -147,8 +167,9 @@ def test_bounded_gate_stays_above_its_bound_and_is_not_a_clamp():
     torch.testing.assert_close(log_decay, expected)
 
 
-def test_gates_stay_wide_under_autocast():
-    mixer, seen = make_mixer("kda").float(), []
+@pytest.mark.parametrize("name", ["kda", "gdn", "mamba2", "lightning"])
+def test_gates_stay_wide_under_autocast(name):
+    mixer, seen = make_mixer(name).float(), []
     mixer.recurrence.register_forward_pre_hook(lambda op, args: seen.extend(args))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixer(make_input(1, 5).float(), SequenceInfo.span(1, 0, 5))
@@ -162,5 +183,13 @@ def test_wrong_sizes_are_named():
         make_mixer("gqa", num_kv_heads=3)
     with pytest.raises(ConfigError, match="num_kv_heads is 3; it must divide num_heads = 4"):
         make_mixer("mla", num_kv_heads=3)
+    with pytest.raises(ConfigError, match="num_key_heads is 3; it must divide num_heads = 4"):
+        make_mixer("gdn", num_key_heads=3)
+    with pytest.raises(ConfigError, match=r"expand_v is 1\.01; times head_dim = 32"):
+        make_mixer("gdn", expand_v=1.01)
+    with pytest.raises(ConfigError, match="num_groups is 3; it must divide num_heads = 8"):
+        make_mixer("mamba2", num_groups=3)
+    with pytest.raises(ConfigError, match=r"steps from 0.5 to 0.1; they must be at least 0, and"):
+        make_mixer("mamba2", step_min=0.5, step_max=0.1)
     with pytest.raises(ConfigError, match="gate_lower_bound is 5"):
         make_mixer("kda", gate_lower_bound=5.0)

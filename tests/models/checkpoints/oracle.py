@@ -4,9 +4,9 @@ import copy
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import KimiLinearConfig, KimiLinearForCausalLM
+from transformers import KimiLinearConfig, KimiLinearForCausalLM, PreTrainedModel
 
 COMMON = {
     "vocab_size": 96,
@@ -67,6 +67,11 @@ def make_peer(shape: str, **changes) -> KimiLinearForCausalLM:
     settings = COMMON | SHAPES[shape] | changes
     settings["num_hidden_layers"] = len(settings["layer_types"])
     peer = KimiLinearForCausalLM(KimiLinearConfig(**settings))
+    randomise_peer(peer)
+    return peer
+
+
+def randomise_peer(peer: nn.Module) -> None:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, tensor in peer.state_dict().items():
@@ -74,14 +79,12 @@ def make_peer(shape: str, **changes) -> KimiLinearForCausalLM:
             if name.endswith("A_log"):
                 tensor.copy_(torch.linspace(-1.0, 1.0, tensor.numel()).view_as(tensor))
             elif tensor.dim() == 1:
-                bias = name.endswith(("dt_bias", "e_score_correction_bias"))
-                tensor.copy_(0.3 * noise + (0.0 if bias else 1.0))
+                tensor.copy_(0.3 * noise + (0.0 if name.endswith("bias") else 1.0))
             else:
                 tensor.copy_(0.5 * noise * tensor.shape[-1] ** -0.5)
-    return peer
 
 
-def save_gradients(peer: KimiLinearForCausalLM, folder: Path) -> None:
+def save_gradients(peer: PreTrainedModel, folder: Path) -> None:
     """Gradients in the place of the weights, hence under the names that files have."""
     holder = copy.deepcopy(peer)
     for mine, theirs in zip(peer.parameters(), holder.parameters(), strict=True):

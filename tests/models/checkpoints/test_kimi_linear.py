@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import KimiLinearForCausalLM
+from transformers import KimiLinearForCausalLM, PreTrainedModel
 
 from models.hybrid import HybridLM
 from models.ops.select import Ops
@@ -48,7 +48,7 @@ def our_logits(model: HybridLM, tokens: Tensor, info: SequenceInfo) -> Tensor:
     return model(tokens, info) @ model.head_weight.mT
 
 
-def check_gradients(model: HybridLM, peer: KimiLinearForCausalLM, folder: Path) -> None:
+def check_gradients(model: HybridLM, peer: PreTrainedModel, folder: Path) -> None:
     save_gradients(peer, folder)
     saved = open_weights(folder)
     expected = {name: saved.get(name) for name, _ in model.named_parameters()}
