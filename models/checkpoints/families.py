@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Protocol
 
-from models.checkpoints import kimi_linear
+from models.checkpoints import kimi_linear, mamba2
 from models.checkpoints.config import Config
 from models.checkpoints.llama import LLAMA, QWEN2, QWEN3
 from models.checkpoints.table import KeyTable
@@ -21,6 +21,7 @@ class Family(Protocol):
 FAMILIES: dict[str, Family] = {
     "kimi_linear": kimi_linear,
     "llama": LLAMA,
+    "mamba2": mamba2,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
 }
