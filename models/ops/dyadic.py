@@ -40,7 +40,7 @@ class DyadicScores:
     def __init__(self, q: Tensor, k: Tensor, log_decay: Tensor) -> None:
         chunks, size, _ = q.shape
         self.queries_keys = torch.stack((q, k), dim=1)
-        self.scores = q.new_zeros(chunks, 2, size, size)
+        self.scores: Tensor = q.new_zeros(chunks, 2, size, size)
         self.prefix, self.suffix = log_decay.exp(), torch.ones_like(q)
         self.levels: list[_Level] = []
         half = 1

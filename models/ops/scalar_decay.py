@@ -47,7 +47,7 @@ class ScalarScores:
         self.prefix, self.suffix = decay.prefix, decay.suffix
         self.between = decay.between.tril(-1).unsqueeze(1)
         self.rows, self.keys = torch.cat((q, k), dim=1), k  # [X, 2 C, K]
-        self.scores = (self.rows @ k.mT).unflatten(1, (2, -1)).mul_(self.between)
+        self.scores: Tensor = (self.rows @ k.mT).unflatten(1, (2, -1)).mul_(self.between)
 
     def backward(
         self, grad_scores: Tensor, grad_log_prefix: Tensor, grad_log_suffix: Tensor
