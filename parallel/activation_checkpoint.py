@@ -19,10 +19,11 @@ def apply_activation_checkpointing(layers: nn.ModuleList) -> None:
     is a saved tensor for the hooks of autograd.
     """
     for layer in layers:
-        layer.forward = partial(_checkpointed, layer.forward)
+        layer.forward = partial(checkpointed, layer.forward)
 
 
-def _checkpointed(forward: Callable[..., Stream], stream: Stream, *rest: Any) -> Stream:
+def checkpointed(forward: Callable[..., Stream], stream: Stream, *rest: Any) -> Stream:
+    """`forward(stream, *rest)`, of which the inputs alone wait for the backward pass."""
     choices = Choices()
 
     def run(*stream: Tensor) -> Stream:

@@ -36,7 +36,7 @@ from trainer.data import Data, DocumentStream, Stream, StreamedData, TrainStream
 from trainer.data.balance import RowCost
 from trainer.data.report import describe
 from trainer.data.steps import Stage
-from trainer.engine import Engine, verify_gradient_factor
+from trainer.engine import Engine, LossModule, verify_gradient_factor
 from trainer.errors import ConfigError, naming
 from trainer.evals.build import build_suite
 from trainer.evals.scoring import Scorer
@@ -45,11 +45,10 @@ from trainer.guard import Guard, Spike
 from trainer.heap import keep_heap
 from trainer.loader import Loader
 from trainer.loop import Sink, Trainer
-from trainer.loss import LanguageModelLoss
 from trainer.metrics import MetricsFile, TensorBoard, Wandb, peak_flops
 from trainer.profiling import Profiling, StepProfiler
 from trainer.resume import check_resumable
-from trainer.settings import Evaluation, Logging, Numerics, Parallelism, Saving, Settings
+from trainer.settings import Evaluation, Logging, Numerics, Parallelism, Saving, Settings, Setup
 from trainer.sharder import Sharder
 
 log = logging.getLogger(__name__)
@@ -158,16 +157,17 @@ def build_mesh(section: Config) -> Mesh:
 
 
 def build_sharder(
-    model: HybridLM, parallelism: Parallelism, mesh: Mesh, *, pad_id: int
+    models: Sequence[HybridLM], parallelism: Parallelism, mesh: Mesh, *, pad_id: int
 ) -> Sharder | None:
-    """What cuts batches for the ranks that share sequences; None where none do."""
+    """What cuts batches of all these models for the ranks that share sequences; None where none
+    do."""
     if mesh.context is None:
         return None
     return Sharder(
         rank=mesh.context.rank,
         ranks=mesh.context.ranks,
         strategy=parallelism.layout,
-        multiple=math.lcm(*(mixer.token_multiple for mixer in mixers_of(model))),
+        multiple=math.lcm(*(mixer.token_multiple for m in models for mixer in mixers_of(m))),
         pad_id=pad_id,
     )
 
@@ -192,8 +192,18 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
     vocab_size = data.tokenizer.vocab_size
     model = build_model(config["model"], config["mixer"], vocab_size=vocab_size, ops=ops)
     blueprint = copy.deepcopy(model)  # an engine may keep parameters in another shape
-    engine = build_engine(model, config, settings, numerics, parallelism, mesh)
-    sharder = build_sharder(model, parallelism, mesh, pad_id=data.tokenizer.pad_id)
+    setup = Setup(
+        settings=settings,
+        numerics=numerics,
+        parallelism=parallelism,
+        mesh=mesh,
+        ops=ops,
+        tokenizer=data.tokenizer,
+    )
+    loss: LossModule = construct(config["objective"], "objective", model=model, setup=setup)
+    engine = build_engine(loss, config, settings, numerics, parallelism, mesh)
+    models = [model, *loss.beside]
+    sharder = build_sharder(models, parallelism, mesh, pad_id=data.tokenizer.pad_id)
     check_lengths(data.stages, sharder)
     check_rope(data.stages, blueprint)
     stream = build_stream(data, blueprint, **share)
@@ -290,16 +300,16 @@ def build_guard(settings: Settings) -> Guard:
 
 
 def build_engine(
-    model: HybridLM,
+    loss: LossModule,
     config: Config,
     settings: Settings,
     numerics: Numerics,
     parallelism: Parallelism,
     mesh: Mesh,
 ) -> Engine:
-    """Wraps a model on the meta device and its loss; the engine gives it memory and values."""
+    """Wraps a loss, whose model is on the meta device; the engine gives it memory and values."""
+    model = loss.model
     parallelize(model, mesh=mesh, parallelism=parallelism, settings=settings)
-    loss = LanguageModelLoss(model, tile=settings.loss_tile, autocast=numerics.autocast)
     make = functools.partial(construct, config["engine"], "engine", mesh=mesh, numerics=numerics)
     verify_gradient_factor(make, mesh)
     torch.manual_seed(settings.seed)

@@ -50,12 +50,19 @@ def check_run(config: Config, *, nodes: int, node_ranks: int, files: bool) -> No
     model = build_model(config["model"], config["mixer"], vocab_size=vocab_size, ops=Ops())
     share_sequences(model, parallelism, mesh)
     construct(config["optim"], "optim", model=model)
-    construct({**config["engine"], "_partial_": True}, "engine")
+    for section in ("engine", "objective"):
+        construct({**config[section], "_partial_": True}, section)
     _check_ops(config["ops"])
     build_learning_rate(config)
-    if files and config["init_from"] is not None:
-        with naming("init_from", config["init_from"]):
-            open_weights(Path(config["init_from"]))
+    if not files:
+        return
+    for key, folder in (
+        ("init_from", config["init_from"]),
+        ("objective.teacher", config["objective"].get("teacher")),
+    ):
+        if folder is not None:
+            with naming(key, folder):
+                open_weights(Path(folder))
 
 
 def _planned_mesh(config: Config, ranks: int, node_ranks: int) -> tuple[Mesh, Parallelism]:

@@ -26,6 +26,7 @@ from trainer.evals.suite import draw, joined
 from trainer.evals.task import Bench, finite
 from trainer.generation import generate
 from trainer.load import tokenizer_of
+from trainer.loss import LanguageModelLoss
 from trainer.settings import Numerics, Parallelism, Settings
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def run_task(
         mesh=mesh,
     )
     pad_id = documents.tokenizer.pad_id
-    sharder = build_sharder(loaded.model, parallelism, mesh, pad_id=pad_id)
+    sharder = build_sharder([loaded.model], parallelism, mesh, pad_id=pad_id)
     bench = Bench(
         scorer=Scorer(loaded.evaluate, mesh=mesh, sharder=sharder),
         mesh=mesh,
@@ -116,7 +117,8 @@ def load_engine(
     ops = build_ops(config["ops"], mesh.device, numerics.products)
     model = build_model(sections["model"], sections["mixer"], vocab_size=vocab_size, ops=ops)
     blueprint = copy.deepcopy(model)
-    engine = build_engine(model, {**config, "optim": IDLE}, settings, numerics, parallelism, mesh)
+    loss = LanguageModelLoss(model, tile=settings.loss_tile, autocast=numerics.autocast)
+    engine = build_engine(loss, {**config, "optim": IDLE}, settings, numerics, parallelism, mesh)
     with naming("checkpoint", checkpoint):
         load_weights(blueprint, path, assign=engine.assign)
     return engine

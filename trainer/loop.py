@@ -140,6 +140,7 @@ class Trainer:
         self._set_rope(rope)
         local = self._accumulate(batches, labels)
         loss = float(sum_over_ranks(local.sum(), self.mesh.group)) / max(labels, 1)
+        parts = self._parts(labels)
         norm = self.engine.clip_grad_norm(self.grad_clip)
         fault = self.guard.judge(loss, norm)
         if fault is not None:
@@ -160,6 +161,7 @@ class Trainer:
             "loss": _finite(loss),
             "grad_norm": _finite(norm),
             "lr": rate,
+            **parts,
             **self._speed(labels, tokens, context, seconds),
             "peak_memory_gib": peak_memory_gib(self.mesh.device),
             "seconds": seconds,
@@ -191,6 +193,14 @@ class Trainer:
             batch = batch.to(self.mesh.device)
             losses.append(self.engine.accumulate(batch, 1 / max(labels, 1), last=last))
         return torch.stack(losses).double()
+
+    def _parts(self, labels: int) -> Record:
+        """What the loss is made of, means over the labels of the step."""
+        sums = self.engine.loss.take_sums()
+        if not sums:
+            return {}
+        total = sum_over_ranks(torch.stack([*sums.values()]), self.mesh.group) / max(labels, 1)
+        return {name: _finite(x) for name, x in zip(sums, total.tolist(), strict=True)}
 
     def _speed(self, labels: int, tokens: int, context: int, seconds: float) -> Record:
         flops = 3 * tokens * self.blueprint.flops_per_token(context / max(tokens, 1))

@@ -54,10 +54,13 @@ class LanguageModelLoss(LossModule):
         return TokenScores(torch.cat(losses).view_as(labels), torch.cat(hits).view_as(labels))
 
     def _hidden(self, batch: Batch) -> Tensor:
-        if self.autocast is None:
+        with self._products(batch):
             return self.model(batch.tokens, batch.info)
-        with torch.autocast(batch.tokens.device.type, self.autocast):
-            return self.model(batch.tokens, batch.info)
+
+    def _products(self, batch: Batch) -> torch.autocast:
+        """The context of the model's matrix products."""
+        device, enabled = batch.tokens.device.type, self.autocast is not None
+        return torch.autocast(device, self.autocast, enabled=enabled)
 
 
 class _TiledLoss(torch.autograd.Function):

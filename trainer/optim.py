@@ -29,11 +29,13 @@ def adamw(
 
 
 def decay_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Matrices, which decay, and what does not: embeddings, norms, gates, biases."""
+    """Matrices, which decay, and embeddings, norms, gates, biases, which do not; none frozen."""
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     decayed: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
         matrix = parameter.ndim >= 2 and parameter not in embeddings
         (decayed if matrix else rest).append(parameter)
     return decayed, rest

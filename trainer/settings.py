@@ -6,9 +6,12 @@ from typing import Any, Literal
 
 import torch
 
+from models.ops.select import Ops
 from parallel.block_scaled import Format
 from parallel.context import AttentionScheme, RecurrenceScheme
 from parallel.layout import Strategy
+from parallel.mesh import Mesh
+from trainer.data.tokenizer import Tokenizer
 from trainer.guard import Action
 
 Precision = Literal["fp32", "bf16", "fp64"]
@@ -95,6 +98,18 @@ class Settings:
     def rounding(self) -> Format | None:
         """Of what layers keep for the backward pass."""
         return None if self.activation_storage == "exact" else self.activation_storage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What the parts of a run are made for."""
+
+    settings: Settings
+    numerics: Numerics
+    parallelism: "Parallelism"
+    mesh: Mesh
+    ops: Ops
+    tokenizer: Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,7 +99,7 @@ def check(axis: Axis, variants: list[dict[str, Any]], delta_rule: str, ulysses: 
         parallelism = call(Parallelism, config["parallel"], "parallel")
         shared = model(config, ops)
         share_sequences(shared, parallelism, mesh)
-        sharder = build_sharder(shared, parallelism, mesh, pad_id=257)
+        sharder = build_sharder([shared], parallelism, mesh, pad_id=257)
         assert sharder is not None
         got = gradients(bf16(shared), sharder(batch))
         got = {name: sum_over_ranks(x.cpu(), axis.group).to(DEVICE) for name, x in got.items()}

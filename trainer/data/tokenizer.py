@@ -43,6 +43,10 @@ class Tokenizer(Protocol):
         """Special tokens vanish; bytes that are not UTF-8 become U+FFFD."""
         ...
 
+    def vocabulary(self) -> dict[str, int]:
+        """Word -> id; what ids mean is the same for two tokenizers of one vocabulary."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Puts it into a token store, from where `build_tokenizer` takes it again."""
         ...
@@ -90,6 +94,9 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
         ids = np.asarray(ids, np.int64)
         return ids[ids < 256].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+    def vocabulary(self) -> dict[str, int]:
+        return {f"<0x{byte:02X}>": byte for byte in range(256)}
 
     def save(self, folder: Path) -> None:
         """Nothing: a store's fingerprint says that its tokens are bytes."""
@@ -144,6 +151,9 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def vocabulary(self) -> dict[str, int]:
+        return self._tokenizer.get_vocab()
 
     def save(self, folder: Path) -> None:
         shutil.copyfile(self._file, folder / TOKENIZER)

@@ -48,6 +48,20 @@ class LossModule(nn.Module):
     `TokenScores`."""
 
     model: Any  # a module and a `Model`, whose names are those of a checkpoint
+    beside: Sequence[Any] = ()  # other models that see the batch, which no engine trains
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sums: dict[str, Tensor] = {}
+
+    def take_sums(self) -> dict[str, Tensor]:
+        """Of what the loss is made of, over the tokens of the batches since the last call."""
+        sums, self._sums = self._sums, {}
+        return sums
+
+    def _count(self, **sums: Tensor) -> None:
+        for name, x in sums.items():
+            self._sums[name] = self._sums.get(name, 0) + x.detach().double()
 
 
 class Memory(NamedTuple):

@@ -83,7 +83,8 @@ class OwnedState:
         owners = _owners(sizes, self._mesh.ranks)
         for name, tensor in tensors.items():
             yield _Entry("model", name, tensor, None, owners[name])
-            for key in self._partitions.keys if isinstance(tensor, nn.Parameter) else ():
+            trained = isinstance(tensor, nn.Parameter) and tensor.requires_grad
+            for key in self._partitions.keys if trained else ():
                 yield _Entry("optimizer", f"state.{name}.{key}", tensor, key, owners[name])
 
 

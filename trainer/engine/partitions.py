@@ -86,6 +86,9 @@ class Partitions:
             return safe_get_full_optimizer_state(parameter, key), False
         if not self.sharded and parameter.dtype == torch.float32:
             return parameter.detach(), True
+        if not parameter.requires_grad:
+            with GatheredParameters(parameter):
+                return parameter.detach().clone(), False
         return safe_get_full_fp32_param(parameter), False
 
     @torch.no_grad()
@@ -99,7 +102,8 @@ class Partitions:
         elif key is not None:
             safe_set_full_optimizer_state(parameter, value, key)
         else:
-            safe_set_full_fp32_param(parameter, value)
+            if parameter.requires_grad:
+                safe_set_full_fp32_param(parameter, value)
             parameter.copy_(value)
 
     def _write_sharded(self, parameter: Any, value: Tensor, key: str | None) -> None:
@@ -111,6 +115,8 @@ class Partitions:
             return
         with GatheredParameters(parameter, modifier_rank=0):
             parameter.copy_(value)
+        if not parameter.requires_grad:
+            return
         safe_set_local_fp32_param(parameter, own)
 
     def _state(self, i: int) -> dict[str, Tensor]:
