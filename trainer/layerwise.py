@@ -7,12 +7,12 @@ time, beside the input of each.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from models.hybrid import HybridLM
+from models.hybrid import HybridLM, Layer
 from models.precision import widen
 from models.residual import Stream, SumResidual
 from models.sequence import SequenceInfo
@@ -67,12 +67,13 @@ class LayerwiseLoss(LanguageModelLoss):
 
     def _compare(self, stream: Stream, i: int, info: SequenceInfo, valid: Tensor) -> Stream:
         """-> the distances of layer i, of its mixer, and the teacher's output."""
-        layer, guide = self.model.layers[i], self.teacher.model.layers[i]
-        with torch.no_grad(), output_of(guide.mixer) as mixed:
+        layer, guide = (cast(Layer, m.layers[i]) for m in (self.model, self.teacher.model))
+        with torch.no_grad(), output_of(guide.mixer) as aimed:
             (target,) = guide((stream[0].detach(),), info)
-        with output_of(layer.mixer) as own:
+        with output_of(layer.mixer) as made:
             (output,) = layer(stream, info)
-        return self._distance(output, target, valid), self._distance(*own, *mixed, valid), target
+        mixer = self._distance(made[0], aimed[0], valid)
+        return self._distance(output, target, valid), mixer, target
 
     def _distance(self, output: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         target = widen(target)

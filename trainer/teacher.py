@@ -12,7 +12,7 @@ from models.precision import Island
 from parallel.fsdp import Sharding, copy_whole
 from trainer.batch import Batch
 from trainer.build import build_model, share_sequences
-from trainer.checkpoint.weights import WeightSource, load_weights, open_weights
+from trainer.checkpoint.weights import load_weights, open_weights
 from trainer.data.tokenizer import TOKENIZER, Tokenizer, build_tokenizer
 from trainer.errors import ConfigError, naming
 from trainer.settings import Setup
@@ -43,61 +43,79 @@ def load_teacher(
     shard: bool,
     check: Callable[[HybridLM, HybridLM], None] = lambda student, teacher: None,
 ) -> Teacher:
-    """The teacher of a model, under the schemes of the run.
+    """The teacher of a model, from a checkpoint, a run folder, a native or a Hugging Face folder.
 
-    folder: a checkpoint, a run folder, a native or a Hugging Face folder. shard: ranks divide its
-    layers among them and gather one while it computes; embedding and head stay whole. check: of
-    shapes, before there is memory. Raises ConfigError for another vocabulary.
+    shard: see `load_frozen`; check: of shapes, before there is memory. Raises ConfigError for
+    another vocabulary too.
     """
     with naming("objective.teacher", folder):
-        source = open_weights(Path(folder))
-        _check_words(source, student, setup.tokenizer)
-        model = build_model(
-            source.config["model"], source.config["mixer"], vocab_size=1, ops=setup.ops
+        check_words(Path(folder), student.embed.num_embeddings, setup.tokenizer)
+        teacher = load_frozen(
+            Path(folder), setup=setup, shard=shard, check=lambda teacher: check(student, teacher)
         )
-        check(student, model)
-        share_sequences(model, setup.parallelism, setup.mesh)
-        _materialise(model, setup, shard=shard)
-        state = model.state_dict()
-        load_weights(model, Path(folder), assign=lambda name, x: copy_whole(state[name], x))
-    return Teacher(model, autocast=setup.numerics.autocast)
+    return Teacher(teacher, autocast=setup.numerics.autocast)
 
 
-def _materialise(model: HybridLM, setup: Setup, *, shard: bool) -> None:
-    """Gives the units of a model on the meta device their memory, or this rank its rows of it."""
-    mesh, numerics, sharding = setup.mesh, setup.numerics, None
-    if shard and mesh.group is not None:
-        sharding = Sharding(
-            mesh,
-            shard_ranks=mesh.ranks,
-            products=numerics.autocast,
-            reshard_after_forward=True,
-            cpu_offload=False,
-        )
-    model.requires_grad_(False)
+def load_frozen(
+    path: Path,
+    *,
+    setup: Setup,
+    shard: bool = False,
+    check: Callable[[HybridLM], None] = lambda model: None,
+) -> HybridLM:
+    """A model for inference alone, under the schemes of the run.
+
+    shard: ranks divide its layers among them and gather one while it computes; embedding and head
+    stay whole. Raises ConfigError.
+    """
+    sections = open_weights(path).config
+    model = build_model(sections["model"], sections["mixer"], vocab_size=1, ops=setup.ops)
+    check(model)
+    share_sequences(model, setup.parallelism, setup.mesh)
+    sharding = _sharding(setup) if shard and setup.mesh.group is not None else None
     for unit in model.units():
-        unit.to(numerics.parameters)
         divided = sharding is not None and unit in [*model.layers]
-        if not divided:
-            _narrow(unit, numerics.products)
-        unit.to_empty(device=mesh.device)
+        allocate(unit, setup, narrow=not divided)  # shards are gathered in the dtype of products
         if sharding is not None and divided:
             sharding.layer(unit)
+    state = model.state_dict()
+    load_weights(model, path, assign=lambda name, x: copy_whole(state[name], x))
+    return model.eval()
 
 
-def _narrow(unit: nn.Module, products: torch.dtype) -> None:
-    """Keeps what matrix products alone read in their dtype, to which autocast would round it."""
+def allocate(unit: nn.Module, setup: Setup, *, narrow: bool = True) -> nn.Module:
+    """Gives a frozen unit on the meta device its memory.
+
+    narrow: what matrix products alone read is kept in their dtype, to which autocast would round it
+    in every use.
+    """
+    unit.requires_grad_(False).to(setup.numerics.parameters)
     wide = {p for m in unit.modules() if isinstance(m, Island) for p in m.parameters()}
     for module in unit.modules():
-        if isinstance(module, nn.Linear | MoE):
+        if narrow and isinstance(module, nn.Linear | MoE):
             for parameter in module.parameters(recurse=False):
                 if parameter not in wide:
-                    parameter.data = parameter.data.to(products)
+                    parameter.data = parameter.data.to(setup.numerics.products)
+    return unit.to_empty(device=setup.mesh.device)
 
 
-def _check_words(source: WeightSource, student: HybridLM, tokenizer: Tokenizer) -> None:
-    """One by one, where the teacher has a tokenizer beside it."""
-    words, own = source.shapes["embed.weight"][0], student.embed.num_embeddings
+def _sharding(setup: Setup) -> Sharding:
+    return Sharding(
+        setup.mesh,
+        shard_ranks=setup.mesh.ranks,
+        products=setup.numerics.autocast,
+        reshard_after_forward=True,
+        cpu_offload=False,
+    )
+
+
+def check_words(path: Path, own: int, tokenizer: Tokenizer) -> None:
+    """Raises ConfigError if a model of `own` words has others than the teacher.
+
+    They are compared one by one where the teacher has a tokenizer beside it.
+    """
+    source = open_weights(path)
+    words = source.shapes["embed.weight"][0]
     if words != own:
         raise ConfigError(f"it has {words} words, the model {own}; allowed: the same")
     folder = source.tokenizer_folder

@@ -74,7 +74,8 @@ def watch(trainer: Trainer, before: int | None = None) -> dict[str, Any]:
 
 def whole_gradients(trainer: Trainer) -> dict[str, Tensor]:
     """Shards come by objects: a DTensor's own messages may look for groups that are gone."""
-    parameters: dict[str, Any] = dict(trainer.engine.model.named_parameters())
+    named = trainer.engine.model.named_parameters()
+    parameters: dict[str, Any] = {name: p for name, p in named if p.requires_grad}
     shards = {n: p.grad.to_local() for n, p in parameters.items() if isinstance(p.grad, DTensor)}
     ranks = gather_objects(shards, trainer.mesh.group)
     return {
@@ -96,7 +97,8 @@ def full_gradient(parameter: Any) -> Tensor:
 def bytes_of(engine: Any) -> dict[str, int]:
     parameters = [getattr(p, "ds_tensor", p) for p in engine.model.parameters()]
     partitions = getattr(engine, "_partitions", None)
-    gradients = partitions.gradients() if partitions else [p.grad for p in parameters]
+    trained = [p for p in engine.model.parameters() if p.requires_grad]
+    gradients = partitions.gradients() if partitions else [p.grad for p in trained]
     state = engine.optimizer.state
     masters = [key for key in state if partitions]
     moments = [x for values in state.values() for name, x in values.items() if name != "step"]

@@ -163,6 +163,18 @@ def test_layers_learn_alone(norm):
     assert all(p.grad is None for n, p in model.named_parameters() if n in rest)
 
 
+def test_the_inputs_of_layers_alone_wait_for_the_backward_pass():
+    kept = []
+    teacher, batch = hybrid("model.pattern=[gqa]"), rows()
+    loss = LayerwiseLoss(hybrid("model.pattern=[kda]"), teacher=Teacher(teacher))
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.append(x.numel()) or x, lambda x: x
+    ):
+        loss(batch)
+    tokens = batch.tokens.numel()
+    assert [size for size in kept if size >= tokens] == [tokens * 12] * 3
+
+
 def test_layers_of_the_teacher_itself_are_at_no_distance():
     teacher, batch = hybrid("model.pattern=[gqa]"), rows()
     for norm in ("mse", "l2"):
