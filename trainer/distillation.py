@@ -102,3 +102,27 @@ class _TiledDistillation(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * scale.to(grad_hidden.dtype), grad_weight * scale, *[None] * 7
+
+
+@torch.no_grad()
+def divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    guide: Tensor,
+    guide_weight: Tensor,
+    labels: Tensor,
+    *,
+    tile: int,
+    matmul: torch.dtype,
+) -> Tensor:
+    """The sum of KL(teacher || student) over valid labels, in nats, in fp32 or wider; arguments as
+    of `_TiledDistillation`."""
+    total = widen(hidden.new_zeros(()))
+    low, guide_low = weight.to(matmul), guide_weight.to(matmul)
+    tiles = zip(*(x.split(tile) for x in (hidden, guide, labels)), strict=True)
+    for h, g, y in tiles:
+        wanted = F.log_softmax(widen(g.to(matmul) @ guide_low.mT), -1)
+        found = F.log_softmax(widen(h.to(matmul) @ low.mT), -1)
+        kl = F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+        total += kl[y != IGNORE_INDEX].sum()
+    return total

@@ -42,6 +42,7 @@ from trainer.generation import write_text
 from trainer.load import take_model
 from trainer.prepare_data import prepare_or_inspect
 from trainer.run_folder import session, write_whole
+from trainer.sensitivity import measure
 from trainer.settings import Settings, Start
 from trainer.signals import EXIT_STOPPED, StopSignals, end_with_launcher
 from trainer.slurm import job as slurm
@@ -271,6 +272,13 @@ def prepare_data(config: dict[str, Any]) -> None:
     configure_logging(main=True)
     for line in call(prepare_or_inspect, config, ""):
         print(line)
+
+
+def select_layers(config: dict[str, Any]) -> None:
+    """Prints the layers that were chosen, as a list of the command line."""
+    configure_logging(main=True, stream=sys.stderr)
+    layers = call(measure, config, "")
+    print(f"[{','.join(map(str, layers))}]")
 
 
 def train_tokenizer(config: dict[str, Any]) -> None:
