@@ -205,7 +205,8 @@ def train(config: dict[str, Any]) -> None:
 
 def with_model(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration with the model of init_from, if the command line asks for that."""
-    given = {override.partition("=")[0] for override in HydraConfig.get().overrides.task}
+    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    given = {override.partition("=")[0] for override in words}
     named = config["data"]["source"] == "store" or "data.tokenizer" in given
     return take_model(config, tokenizer_given=named)
 
