@@ -148,17 +148,21 @@ class HybridLM(nn.Module):
 
     @torch.no_grad()
     def reset_unit(self, unit: nn.Module) -> None:
-        """Linears and embeddings N(0, init_std), biases 0, norms 1; other parameters by their
-        owner."""
         for module in unit.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=self.init_std)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
-            elif next(module.parameters(recurse=False), None) is not None:
-                cast(Any, module).reset_parameters(self.init_std)
+            self.reset_module(module)
+
+    @torch.no_grad()
+    def reset_module(self, module: nn.Module) -> None:
+        """Its own parameters: linears and embeddings N(0, init_std), biases 0, norms 1; others by
+        their owner."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.init_std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+        elif next(module.parameters(recurse=False), None) is not None:
+            cast(Any, module).reset_parameters(self.init_std)
 
     def routers(self) -> list[BalancedRouter]:
         return [module for module in self.modules() if isinstance(module, BalancedRouter)]

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Protocol
 
-from models.checkpoints import kimi_linear, mamba2
+from models.checkpoints import kimi_linear, longhaul, mamba2
 from models.checkpoints.config import Config
 from models.checkpoints.llama import LLAMA, QWEN2, QWEN3
 from models.checkpoints.table import KeyTable
@@ -24,6 +24,7 @@ FAMILIES: dict[str, Family] = {
     "mamba2": mamba2,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    longhaul.MODEL_TYPE: longhaul,  # the last, since it holds any model
 }
 
 
@@ -35,13 +36,15 @@ def family_of(hf: Config, *, source: Path) -> Family:
     return FAMILIES[model_type]
 
 
-def family_for(config: Config) -> Family | None:
-    """The first family that can hold a model of ours, None where none can."""
+def family_for(config: Config) -> Family:
+    """The first family that can hold a model of ours. Raises ValueError where none can."""
+    reason = None
     for family in FAMILIES.values():
         try:
             family.key_table(config)
             family.export_config(config)
-        except ValueError:
-            continue
-        return family
-    return None
+        except ValueError as error:
+            reason = error
+        else:
+            return family
+    raise ValueError(reason)

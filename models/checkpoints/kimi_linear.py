@@ -229,7 +229,7 @@ def _mixers(config: Config) -> tuple[list[str], Config, Config]:
     """Per layer "kda" or "mla", and the keywords of each kind, empty where no layer has it."""
     model = config["model"]
     check_model(model, MODEL_FIXED, family="kimi_linear")
-    _check_moe(model)
+    _check_ffn(model)
     kda_fixed = KDA_FIXED | {"norm_eps": model["norm_eps"]}
     kda_names, kda = shared_keywords(config, KimiDeltaAttention, held=KDA_FIELDS, fixed=kda_fixed)
     mla_names, mla = shared_keywords(
@@ -243,8 +243,10 @@ def _mixers(config: Config) -> tuple[list[str], Config, Config]:
     return ["kda" if name in kda_names else "mla" for name in layers], kda, mla
 
 
-def _check_moe(model: Config) -> None:
+def _check_ffn(model: Config) -> None:
     moe = model["moe"]
+    if model["ffn"] is None:
+        raise ValueError("model.ffn is null; kimi_linear has a feed-forward in every layer")
     if _dense_layers(model) < model["num_layers"] and (
         moe["shared_hidden"] == 0 or moe["shared_hidden"] % moe["hidden"]
     ):

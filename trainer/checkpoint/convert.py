@@ -9,9 +9,11 @@ import torch
 import yaml
 from torch import Tensor
 
+from models.checkpoints import longhaul
 from models.checkpoints.families import family_for
 from models.checkpoints.shards import write_shards
 from models.checkpoints.table import check_shapes
+from models.portable.code import write_code
 from trainer.checkpoint.weights import WeightSource, open_weights
 from trainer.errors import ConfigError, naming
 
@@ -72,8 +74,6 @@ def _write_hugging_face(
     weights: WeightSource, folder: Path, *, dtype: torch.dtype | None, max_bytes: float
 ) -> None:
     family = family_for(weights.config)
-    if family is None:
-        raise ValueError("no published family can hold this model")
     table = family.key_table(weights.config)
     expected = {name: entry.shape for name, entry in table.items()}
     check_shapes(expected, weights.shapes, fault="it does not hold what its configuration says")
@@ -86,6 +86,8 @@ def _write_hugging_face(
     stored = dtype or weights.get("norm.weight").dtype
     config = family.export_config(weights.config) | {"dtype": str(stored).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if family is longhaul:
+        write_code(folder, mixers=longhaul.mixer_targets(weights.config))
 
 
 def _write_native(

@@ -153,7 +153,7 @@ def test_what_the_family_cannot_hold_is_named(overrides, reason):
     config = make_config(*overrides)
     with pytest.raises(ValueError, match=reason):
         KIMI.export_config(config)
-    assert family_for(config) is None
+    assert family_for(config) is FAMILIES["longhaul"]
 
 
 def test_two_sizes_of_one_mixer_are_refused():

@@ -94,21 +94,6 @@ def test_a_native_folder_says_what_it_takes_to_build_the_model(tmp_path):
     assert config["tokens"] == {"bos": None, "eos": 256, "pad": 257}
 
 
-def test_a_model_of_no_published_family_still_has_the_native_format(tmp_path):
-    overrides = [
-        *SMALL,
-        "model.pattern=[gqa,kda]",
-        "model.tie_embeddings=true",
-        "mixer.gqa.head_dim=8",
-    ]
-    model = make(overrides)
-    checkpoint = save(model, tmp_path, overrides)
-    assert_holds(run(checkpoint, tmp_path / "native", "native"), model)
-    with pytest.raises(ConfigError, match="no published family can hold this model"):
-        run(checkpoint, tmp_path / "hf", "hf")
-    assert not (tmp_path / "hf").exists() and not list(tmp_path.glob(".*"))
-
-
 @pytest.mark.parametrize("format", ["hf", "native"])
 def test_bf16_spares_decays_and_the_routers_correction(tmp_path, format):
     model = make()
