@@ -85,3 +85,31 @@ class Skip(Island):
     def forward(self, x: Tensor) -> Tensor:
         with full_precision(x):
             return widen(x) * self.weight.unsqueeze(-1)
+
+
+class HeadDecay(nn.Module):
+    """[B, S, d_model] -> log-decay [B, S, H, 1]."""
+
+    def __init__(self, d_model: int, *, num_heads: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(d_model, num_heads, bias=False)
+        self.gate = DecayGate(num_heads=num_heads, head_dim=1, lower_bound=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate(self.proj(x).unsqueeze(-1))
+
+
+class ChannelDecay(nn.Module):
+    """[B, S, d_model] -> log-decay [B, S, H, K], through a projection of rank head_dim."""
+
+    def __init__(
+        self, d_model: int, *, num_heads: int, head_dim: int, lower_bound: float | None = None
+    ) -> None:
+        super().__init__()
+        self.shape = (num_heads, head_dim)
+        self.down = nn.Linear(d_model, head_dim, bias=False)
+        self.up = nn.Linear(head_dim, num_heads * head_dim, bias=False)
+        self.gate = DecayGate(num_heads=num_heads, head_dim=head_dim, lower_bound=lower_bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate(self.up(self.down(x)).unflatten(-1, self.shape))

@@ -1,7 +1,6 @@
 """What a token mixer is, and what it knows about itself."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +68,7 @@ class Mixer(nn.Module, ABC):
     `reset_parameters(std)` for them.
     """
 
-    token_multiple: ClassVar[int] = 1  # every fragment a rank owns holds a multiple of this
+    token_multiple: int = 1  # every fragment a rank owns holds a multiple of this
     num_heads: int  # of queries: as many ranks may share its work by heads
     place = 0, 1  # its layer, counted from 0, and how many there are; the model sets it
 

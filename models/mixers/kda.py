@@ -9,28 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.checks import positive
-from models.decay import DecayGate
+from models.decay import ChannelDecay
 from models.mixer import Cache, Mixer, convolve, recur, reset_taps
 from models.norm import RMSNorm, l2_normalise
 from models.ops.select import Ops
 from models.precision import widen
 from models.sequence import SequenceInfo
-
-
-class Decay(nn.Module):
-    """[B, S, d_model] -> log-decay [B, S, H, K], through a projection of rank head_dim."""
-
-    def __init__(
-        self, d_model: int, *, num_heads: int, head_dim: int, lower_bound: float | None
-    ) -> None:
-        super().__init__()
-        self.shape = (num_heads, head_dim)
-        self.down = nn.Linear(d_model, head_dim, bias=False)
-        self.up = nn.Linear(head_dim, num_heads * head_dim, bias=False)
-        self.gate = DecayGate(num_heads=num_heads, head_dim=head_dim, lower_bound=lower_bound)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.gate(self.up(self.down(x)).unflatten(-1, self.shape))
 
 
 class KimiDeltaAttention(Mixer):
@@ -54,7 +38,7 @@ class KimiDeltaAttention(Mixer):
         inner = num_heads * head_dim
         self.qkv_proj = nn.Linear(d_model, 3 * inner, bias=False)
         self.conv_weight = nn.Parameter(torch.empty(3 * inner, conv_width))
-        self.decay = Decay(
+        self.decay = ChannelDecay(
             d_model, num_heads=num_heads, head_dim=head_dim, lower_bound=gate_lower_bound
         )
         self.beta_proj = nn.Linear(d_model, num_heads, bias=False)

@@ -25,6 +25,8 @@ from models.ops.scalar_decay import ScalarScores
 class Segment:
     """Everything that the forward of one segment derives from its inputs alone."""
 
+    own = True  # a query sees its own chunk
+
     def __init__(self, inputs: Inputs, documents: Documents | None) -> None:
         q, k, v, log_decay, beta = inputs
         self.inputs, self.documents = inputs, documents
@@ -73,7 +75,7 @@ class Segment:
 
     def backward(
         self, states: Tensor, grad_output: Tensor, grad_state: Tensor
-    ) -> tuple[Inputs, Tensor]:
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
         """Gradients of the inputs and of the state that entered, from those of the output
         [X, C, V] and of the state that left [batch x heads, K, V]."""
         q, k, v, _, beta = self.inputs
@@ -87,7 +89,7 @@ class Segment:
         from_u, from_w = self.inverse.mT @ grad_written, self.inverse.mT @ grad_w
         grad_scores = torch.empty_like(self.scored.scores)
         grad_qk, grad_kk = grad_scores.unbind(1)
-        grad_qk.copy_(grad_output @ written.mT)
+        grad_qk.copy_(grad_output @ written.mT).mul_(self.own)
         grad_system = torch.baddbmm(from_u @ self.u.mT, from_w, self.w.mT).neg_()
         torch.mul(grad_system, beta, out=grad_kk)
         if self.documents is not None:

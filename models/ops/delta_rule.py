@@ -7,7 +7,7 @@ Kimi Linear, arXiv 2510.26692; WY form of the chunks as in Gated DeltaNet, arXiv
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ class ChunkedDeltaRule(LinearRecurrence):
         with full_precision(q):
             inputs = tuple(widen(x) for x in (q, k, v, log_decay, beta))
             state = entering(initial_state, inputs[1], inputs[2])
-            output, final = _Chunked.apply(*inputs, state, self._grid(info), None)
+            output, final = recur(inputs, self._work(info), state)
         return Recurrent(output.to(v.dtype), final)
 
     @torch.compiler.disable
@@ -89,35 +89,77 @@ class ChunkedDeltaRule(LinearRecurrence):
         info: SequenceInfo,
     ) -> Response:
         """One pass, to whose results `enter` adds what the state makes of them."""
-        grid = self._grid(info)
         with full_precision(q):
             inputs = tuple(widen(x) for x in (q, k, v, log_decay, beta))
-            with torch.no_grad():
-                affine = _Affine.of(inputs, grid)
+            response = respond(inputs, self._work(info))
 
         def enter(state: Tensor) -> Recurrent:
             with full_precision(q):
-                output, final = _Chunked.apply(*inputs, state.to(inputs[1]), grid, affine)
+                output, final = response.enter(state)
             return Recurrent(output.to(v.dtype), final)
 
-        through = affine.through[-1].clone()  # not the whole pass
-        return Response(affine.reads, DenseTransition(through), affine.written[-1], enter)
+        return response._replace(enter=enter)
 
-    def _grid(self, info: SequenceInfo) -> Grid:
-        return Grid(info.starts, self.chunk, self.segment * self.chunk)
+    def _work(self, info: SequenceInfo) -> "Work":
+        return _GridWork(Grid(info.starts, self.chunk, self.segment * self.chunk))
+
+
+class Work(Protocol):
+    """A row as segments of chunks."""
+
+    @property
+    def chunk(self) -> int: ...
+
+    def parts(self) -> list[slice]:
+        """The tokens of the segments, from left to right."""
+        ...
+
+    def segment(self, inputs: Sequence[Tensor], part: slice) -> Segment:
+        """inputs: [batch, seq, heads, ...], of which a segment's `backward` gives gradients."""
+        ...
+
+
+class _GridWork(NamedTuple):
+    grid: Grid
+
+    @property
+    def chunk(self) -> int:
+        return self.grid.chunk
+
+    def parts(self) -> list[slice]:
+        return self.grid.parts()
+
+    def segment(self, inputs: Sequence[Tensor], part: slice) -> Segment:
+        return Segment(*self.grid.cut(inputs, part))
+
+
+def recur(inputs: Sequence[Tensor], work: Work, state: Tensor) -> Recurrent:
+    """From this state, in the dtype of the inputs, which are fp32 or wider."""
+    return Recurrent(*_Chunked.apply(work, None, state, *inputs))
+
+
+def respond(inputs: Sequence[Tensor], work: Work) -> Response:
+    with torch.no_grad():
+        affine = _Affine.of(inputs, work)
+
+    def enter(state: Tensor) -> Recurrent:
+        return Recurrent(*_Chunked.apply(work, affine, state.to(inputs[1]), *inputs))
+
+    through = affine.through[-1].clone()  # not the whole pass
+    return Response(affine.reads, DenseTransition(through), affine.written[-1], enter)
 
 
 def _scan(
-    inputs: Sequence[Tensor], grid: Grid, state: Tensor
+    inputs: Sequence[Tensor], work: Work, state: Tensor
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """The output of every segment, the states before them, [segments, *state], and the last one."""
     batch, _, heads, _ = inputs[0].shape
     outputs, before = [], []
-    for part in grid.parts():
-        work = Segment(*grid.cut(inputs, part))
+    for part in work.parts():
+        segment = work.segment(inputs, part)
         before.append(state)
-        states, after = work.states(state.flatten(0, 1))
-        outputs.append(join(work.output(states), batch, heads, part.stop - part.start))
+        states, after = segment.states(state.flatten(0, 1))
+        outputs.append(join(segment.output(states), batch, heads, part.stop - part.start))
         state = after.view_as(state)
     return outputs, torch.stack(before), state
 
@@ -133,12 +175,12 @@ class _Affine(NamedTuple):
     written: Tensor  # ..., value_dim]
 
     @classmethod
-    def of(cls, inputs: Sequence[Tensor], grid: Grid) -> "_Affine":
+    def of(cls, inputs: Sequence[Tensor], work: Work) -> "_Affine":
         _, k, v, *_ = inputs
         (batch, _, heads, key_dim), value_dim = k.shape, v.shape[3]
         columns = key_dim, value_dim
         eye = torch.eye(key_dim, sum(columns), dtype=k.dtype, device=k.device)
-        outputs, before, final = _scan(inputs, grid, eye.repeat(batch, heads, 1, 1))
+        outputs, before, final = _scan(inputs, work, eye.repeat(batch, heads, 1, 1))
         reads, output = zip(*(x.split(columns, dim=-1) for x in outputs), strict=True)
         states = torch.cat((before, final.unsqueeze(0))).split(columns, dim=-1)
         return cls(torch.cat(reads, dim=1), torch.cat(output, dim=1), *states)
@@ -154,30 +196,29 @@ class _Chunked(torch.autograd.Function):
     """Segment after segment; the backward in reverse, each segment computed again."""
 
     @staticmethod
-    def forward(ctx, q, k, v, log_decay, beta, state, grid, affine):
-        """affine: of the same inputs and grid, where it is known."""
-        inputs = (q, k, v, log_decay, beta)
+    def forward(ctx, work, affine, state, *inputs):
+        """affine: of the same inputs and work, where it is known."""
         if affine is None:
-            outputs, before, final = _scan(inputs, grid, state)
+            outputs, before, final = _scan(inputs, work, state)
             output = torch.cat(outputs, dim=1)
         else:
             output, before, final = affine.enter(state)
-        ctx.grid = grid
+        ctx.work = work
         ctx.save_for_backward(*inputs, before)
         return output, final
 
     @staticmethod
     def backward(ctx, grad_output, grad_state):
         *inputs, before = ctx.saved_tensors
-        batch, _, heads, _ = inputs[0].shape
+        work, (batch, _, heads, _) = ctx.work, inputs[0].shape
         grads = [torch.empty_like(x) for x in inputs]
         grad_final = grad_state.flatten(0, 1)
-        for part, state in zip(reversed(ctx.grid.parts()), reversed(before.unbind(0)), strict=True):
-            work = Segment(*ctx.grid.cut(inputs, part))
-            states, _ = work.states(state.flatten(0, 1))
-            grad = cut(grad_output[:, part], ctx.grid.chunk)
-            segment_grads, grad_final = work.backward(states, grad, grad_final)
+        for part, state in zip(reversed(work.parts()), reversed(before.unbind(0)), strict=True):
+            segment = work.segment(inputs, part)
+            states, _ = segment.states(state.flatten(0, 1))
+            grad = cut(grad_output[:, part], work.chunk)
+            segment_grads, grad_final = segment.backward(states, grad, grad_final)
             for grad, piece in zip(grads, segment_grads, strict=True):
                 piece = join(piece, batch, heads, part.stop - part.start)
                 grad[:, part] = piece if grad.dim() == 4 else piece.squeeze(-1)
-        return *grads, grad_final.view_as(grad_state), None, None
+        return None, None, grad_final.view_as(grad_state), *grads

@@ -30,6 +30,8 @@ class ChunkGrid:
     document: Tensor
     length: Tensor  # [batch, chunks] tokens, 0 for an absent chunk
     real: Tensor  # [batch, chunks] bool, neither absent nor padding
+    fresh: Tensor  # [batch, chunks] bool, nothing of its document comes before it in the row
+    fresh_somewhere: frozenset[int]  # chunks that are fresh in some row, known to the host
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -66,7 +68,7 @@ class ChunkGrid:
 @lru_cache(maxsize=8)  # all layers of a batch ask for the same ones
 def chunk_grid(info: SequenceInfo, chunk: int) -> ChunkGrid:
     """Raises ValueError for a run of tokens that starts inside a chunk."""
-    count, ordered = _plan(info, chunk)
+    count, fresh, ordered = _plan(info, chunk)
     batch, seq = info.shape
     slots = None
     if not ordered:
@@ -84,12 +86,23 @@ def chunk_grid(info: SequenceInfo, chunk: int) -> ChunkGrid:
     start = cut(info.index)[:, :, 0].masked_fill(length == 0, ABSENT)
     document = cut(info.index - info.positions)[:, :, 0].masked_fill(length == 0, ABSENT)
     real = cut(info.valid)[:, :, 0]
-    return ChunkGrid(chunk, seq, slots, start, document, length, real)
+    return ChunkGrid(
+        chunk=chunk,
+        seq=seq,
+        slots=slots,
+        start=start,
+        document=document,
+        length=length,
+        real=real,
+        fresh=cut(info.starts)[:, :, 0],
+        fresh_somewhere=fresh,
+    )
 
 
-def _plan(info: SequenceInfo, chunk: int) -> tuple[int, bool]:
-    """Chunks of the longest row, and whether the tokens of all rows lie on the grid as they are."""
-    counts, ordered = [], True
+def _plan(info: SequenceInfo, chunk: int) -> tuple[int, frozenset[int], bool]:
+    """Chunks of the longest row, those that start a document or follow a gap in some row, and
+    whether the tokens of all rows lie on the grid as they are."""
+    counts, fresh, ordered = [], set(), True
     for row in info.fragments:
         count = 0
         for run in runs(row):
@@ -98,10 +111,12 @@ def _plan(info: SequenceInfo, chunk: int) -> tuple[int, bool]:
                     f"tokens go on at position {run.position} of their document; routed layers "
                     f"allow multiples of their chunk of {chunk} tokens"
                 )
+            if run.start or run.position == 0:
+                fresh.add(count)
             ordered &= run.start == count * chunk
             count += -(-(run.stop - run.start) // chunk)
         counts.append(count)
-    return max(counts), ordered
+    return max(counts), frozenset(fresh), ordered
 
 
 def _cut(x: Tensor, slots: Tensor | None, batch: int, count: int, chunk: int) -> Tensor:

@@ -14,6 +14,9 @@ from models.ops.experts import GroupedExperts, GroupedMatmulExperts, LoopExperts
 from models.ops.fla import FlaConv, FlaDecayedSum, FlaDeltaRule
 from models.ops.flash import AtenVarlenSoftmax, FlashSoftmax
 from models.ops.latent import MaterialisedLatent
+from models.ops.routed import RoutedAttention, RoutedRecurrence
+from models.ops.routed_delta import ChunkedRoutedDelta, TokenLoopRoutedDelta
+from models.ops.routed_softmax import DenseRoutedAttention, TiledRoutedAttention
 from models.ops.softmax import AtenSoftmax, EinsumSoftmax
 from models.sequence import CausalConv, LatentAttention, LinearRecurrence, SoftmaxAttention
 
@@ -59,6 +62,10 @@ CHOICES = (
     Choice("experts", "grouped", GroupedMatmulExperts, "cuda", dtypes=UP_TO_FP32),
     Choice("experts", "grouped", GroupedExperts, "cpu"),
     Choice("experts", "reference", LoopExperts),
+    Choice("routed_attention", "tiled", TiledRoutedAttention),
+    Choice("routed_attention", "reference", DenseRoutedAttention),
+    Choice("routed_delta_rule", "chunked", ChunkedRoutedDelta),
+    Choice("routed_delta_rule", "reference", TokenLoopRoutedDelta),
 )
 
 
@@ -78,6 +85,8 @@ class Ops:
         decayed_sum: str = "auto",
         conv: str = "auto",
         experts: str = "auto",
+        routed_attention: str = "auto",
+        routed_delta_rule: str = "auto",
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -88,6 +97,8 @@ class Ops:
             "decayed_sum": decayed_sum,
             "conv": conv,
             "experts": experts,
+            "routed_attention": routed_attention,
+            "routed_delta_rule": routed_delta_rule,
         }
         self._chosen = {op: _choose(op, name, device, dtype) for op, name in asked.items()}
 
@@ -102,6 +113,14 @@ class Ops:
 
     def decayed_sum(self) -> LinearRecurrence:
         return self._chosen["decayed_sum"].build()
+
+    def routed_attention(self, **keywords: Any) -> RoutedAttention:
+        """keywords: those of the contract's constructor."""
+        return self._chosen["routed_attention"].build(**keywords)
+
+    def routed_delta_rule(self, **keywords: Any) -> RoutedRecurrence:
+        """keywords: those of the contract's constructor."""
+        return self._chosen["routed_delta_rule"].build(**keywords)
 
     def conv(self) -> CausalConv:
         return self._chosen["conv"].build()

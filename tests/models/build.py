@@ -16,9 +16,16 @@ from trainer.main import CONF, plain, register_groups
 MIXERS = sorted(path.stem for path in (CONF / "mixer").glob("*.yaml"))
 MODELS = sorted({path.stem for path in (CONF / "model").glob("*.yaml")} - {"init_from"})
 M = TypeVar("M", bound=nn.Module)
-REFERENCE = Ops(
-    **dict.fromkeys(("softmax", "delta_rule", "decayed_sum", "conv", "experts"), "reference")
+OPS = (
+    "softmax",
+    "delta_rule",
+    "decayed_sum",
+    "routed_attention",
+    "routed_delta_rule",
+    "conv",
+    "experts",
 )
+REFERENCE = Ops(**dict.fromkeys(OPS, "reference"))
 
 
 def compose(overrides: list[str]) -> dict:

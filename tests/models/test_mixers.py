@@ -30,6 +30,13 @@ OPTIONS = [
     ("mamba2", {"num_groups": 4, "step_min": 0.3, "step_max": 0.8}),
     ("mfa", {"rope_base": None}),
     ("gdn", {"num_key_heads": 2, "negative_eigenvalues": True, "expand_v": 0.5}),
+    ("nats_l", {"chunk": 16}),
+    ("nats_l", {"chunk": 8, "linear": "kda", "rope_base": 100.0, "mixing_from": "x"}),
+    ("nats_l", {"chunk": 16, "router_grad": "counterfactual", "negative_eigenvalues": True}),
+    ("nats_l", {"chunk": 16, "own_chunk": "softmax", "temperature": 0.5}),
+    ("nats_l", {"chunk": 16, "own_chunk": "linear", "decay_softmax_chunks": False}),
+    ("nats_l", {"chunk": 8, "router": "strided", "static_share": 0.4}),
+    ("nats_l", {"chunk": 8, "router": "random", "static_share": 0.4}),
 ]
 EXACT = {"rtol": 0, "atol": 1e-11}
 
@@ -91,7 +98,8 @@ def test_decoding_equals_the_whole_and_caches_what_it_says(name, keywords):
         for start, stop in [(0, 2), (2, 30), *((t, t + 1) for t in range(30, 40))]
     ]
     torch.testing.assert_close(torch.cat(outputs, 1), whole, **EXACT)
-    assert sum(x.numel() for x in cache.values()) == 2 * mixer.state_elements(40)
+    cached, said = sum(x.numel() for x in cache.values()), 2 * mixer.state_elements(40)
+    assert cached <= said if name == "nats_l" else cached == said  # who keeps what the data say
 
 
 def test_the_convolution_history_does_not_keep_the_prompt():

@@ -13,6 +13,8 @@ from models.ops.latent import MaterialisedLatent
 from models.ops.select import Ops
 from models.ops.softmax import AtenSoftmax, EinsumSoftmax
 
+ROUTED = "routed_attention=tiled routed_delta_rule=chunked"
+
 
 @pytest.fixture(params=[False, True], ids=["bare", "with packages"])
 def packages(request, monkeypatch) -> bool:
@@ -23,10 +25,8 @@ def packages(request, monkeypatch) -> bool:
 
 def test_auto_on_cpu(packages):
     ops = Ops()
-    assert (
-        ops.describe()
-        == "softmax=aten delta_rule=chunked decayed_sum=chunked conv=fused experts=grouped"
-    )
+    line = "softmax=aten delta_rule=chunked decayed_sum=chunked conv=fused experts=grouped"
+    assert ops.describe() == f"{line} {ROUTED}"
     assert type(ops.softmax()) is AtenSoftmax
     assert type(ops.delta_rule()) is ChunkedDeltaRule
     assert type(ops.decayed_sum()) is ChunkedDecayedSum
@@ -43,7 +43,7 @@ def test_auto_on_cuda(packages):
     ops = Ops(device="cuda")
     line = "softmax=flash delta_rule=fla decayed_sum=fla conv=fla experts=grouped"
     bare = "softmax=aten delta_rule=chunked decayed_sum=chunked conv=fused experts=grouped"
-    assert ops.describe() == (line if packages else bare)
+    assert ops.describe() == f"{line if packages else bare} {ROUTED}"
     assert type(ops.softmax()) is (FlashSoftmax if packages else AtenVarlenSoftmax)
     assert type(ops.experts()) is GroupedMatmulExperts
 
@@ -52,9 +52,9 @@ def test_auto_takes_no_kernel_that_would_narrow(packages):
     wide = "softmax=reference delta_rule=chunked decayed_sum=chunked"
     conv = "fla" if packages else "fused"
     ops = Ops(device="cuda", dtype=torch.float32)
-    assert ops.describe() == f"{wide} conv={conv} experts=grouped"
+    assert ops.describe() == f"{wide} conv={conv} experts=grouped {ROUTED}"
     ops = Ops(device="cuda", dtype=torch.float64)
-    assert ops.describe() == f"{wide} conv=fused experts=reference"
+    assert ops.describe() == f"{wide} conv=fused experts=reference {ROUTED}"
     assert Ops(device="cuda", dtype=torch.bfloat16).describe() == Ops(device="cuda").describe()
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         assert Ops(dtype=dtype).describe() == Ops().describe()
