@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RANKS ?= 2
 WORKERS ?= 2
 
-.PHONY: install train test check clean
+.PHONY: install train test test-matrix check clean
 
 install: $(VENV)/.installed
 
@@ -25,6 +25,10 @@ train: install
 # Each file on one of two workers, whose fixtures of a module are then made once.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadfile
+
+# Every engine on every topology, of which `make test` has a part; prints how far apart they were.
+test-matrix: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m matrix -rP
 
 check: install
 	$(BIN)/ruff format --check .

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
+import tests.launch  # noqa: F401  what every new process has imported
+
 
 @pytest.fixture(autouse=True)
 def log_handlers() -> Iterator[None]:

@@ -17,7 +17,12 @@ ROOT = Path(__file__).parents[1]
 # Most of a short launch is the import of torch and DeepSpeed, which this process has behind it; one
 # for all tests, as Python knows only one.
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["pytest", "trainer.main", "trainer.engine.accelerate"])
+FORKSERVER.set_forkserver_preload(
+    [
+        *("pytest", "trainer.main", "trainer.engine.accelerate", "trainer.engine.deepspeed"),
+        "deepspeed.runtime.zero.muon.muon_optimizer",  # its first engine imports all of Inductor
+    ]
+)
 
 
 def free_port() -> int:
@@ -58,11 +63,25 @@ def forked(
 ) -> list[subprocess.CompletedProcess]:
     """`main(*arguments)` of a module on every rank, with no launcher that would end the others with
     one; those that take longer are killed."""
+    return _forked(places(ranks), module, arguments, seconds)
+
+
+def alone(
+    module: str, *arguments: str, environment: dict[str, str] | None = None, seconds: float = 60
+) -> subprocess.CompletedProcess:
+    """The same in one process without a launcher's environment, with this one beside its own."""
+    (done,) = _forked([environment or {}], module, arguments, seconds)
+    return done
+
+
+def _forked(
+    environments: list[dict[str, str]], module: str, arguments: tuple[str, ...], seconds: float
+) -> list[subprocess.CompletedProcess]:
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder, str(rank)) for rank in range(ranks)]
+        files = [Path(folder, str(rank)) for rank in range(len(environments))]
         processes = [
-            FORKSERVER.Process(target=_run, args=(place, file, module, arguments))
-            for place, file in zip(places(ranks), files, strict=True)
+            FORKSERVER.Process(target=_run, args=(environment, file, module, arguments))
+            for environment, file in zip(environments, files, strict=True)
         ]
         for process in processes:
             process.start()
@@ -93,7 +112,7 @@ def _text(file: Path) -> str:
     return file.read_text() if file.exists() else ""
 
 
-def _run(place: dict[str, str], file: Path, module: str, arguments: tuple[str, ...]) -> None:
+def _run(environment: dict[str, str], file: Path, module: str, arguments: tuple[str, ...]) -> None:
     import torch
 
     for descriptor in (1, 2):
@@ -101,10 +120,12 @@ def _run(place: dict[str, str], file: Path, module: str, arguments: tuple[str, .
             os.dup2(output.fileno(), descriptor)
     code = 1
     try:
-        os.environ |= place
+        os.environ |= environment
         torch.set_num_threads(1)
         importlib.import_module(module).main(*arguments)
         code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:

@@ -1,8 +1,6 @@
 """Runs of training jobs side by side, below one folder: in this process or on ranks."""
 
-import copy
 import json
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,22 +33,17 @@ class Runs:
         place = [f"data.path={self.path / 'texts'}", f"run_dir={self.path / name}"]
         return [*made, *place, *self.common, *more]
 
-    def config(self, name: str, *more: str) -> dict:
-        """What a run starts from is set without composing all the rest again."""
-        start = dict(word.split("=") for word in more if word.startswith(("resume=", "init_from=")))
-        changes = [word for word in self.words("", *more) if word.partition("=")[0] not in start]
-        return copy.deepcopy(composed(*changes)) | {"run_dir": str(self.path / name)} | start
-
     def alone(self, name: str, *more: str) -> dict:
         """In this process; -> what `watch` saw, and keeps it as a rank does."""
         (self.path / name).mkdir()
-        trainer = build_trainer(self.config(name, *more), mesh=SINGLE, run_dir=self.path / name)
+        config = compose(self.words(name, *more))
+        trainer = build_trainer(config, mesh=SINGLE, run_dir=self.path / name)
         seen = watch(trainer)
         trainer.run()
         torch.save(seen, self.path / name / "seen_0.pt")
         return seen
 
-    def on_ranks(self, ranks: int, jobs: dict[str, list[str]]) -> str:
+    def on_ranks(self, ranks: int, jobs: dict[str, list[str]], seconds: float = 280) -> str:
         """All jobs in one launch; -> what they printed.
 
         Among a job's overrides, NAME=VALUE in capitals is for its environment, and a word a mark,
@@ -58,16 +51,15 @@ class Runs:
         """
         made = [self._job(name, words) for name, words in jobs.items()]
         (self.path / "jobs.json").write_text(json.dumps(made))
-        return fork(
-            ranks, "tests.trainer.shared_on_ranks", str(self.path / "jobs.json"), seconds=280
-        )
+        file = str(self.path / "jobs.json")
+        return fork(ranks, "tests.trainer.shared_on_ranks", file, seconds=seconds)
 
     def _job(self, name: str, words: list[str]) -> dict:
         environment = [word for word in words if word.partition("=")[0].isupper()]
         marks = [word for word in words if "=" not in word]
         changes = [word for word in words if word not in [*environment, *marks]]
         return {
-            "config": self.config(name, *changes),
+            "config": compose(self.words(name, *changes)),
             "environment": dict(word.split("=") for word in environment),
             "marks": marks,
         }
@@ -81,11 +73,6 @@ class Runs:
 
     def resume(self, name: str, step: int) -> str:
         return f"resume={self.path / name / 'checkpoints' / f'step_{step:08}'}"
-
-
-@cache
-def composed(*words: str) -> dict:
-    return compose(list(words))
 
 
 def assert_same(run: list[dict], other: list[dict], tolerance: float) -> None:

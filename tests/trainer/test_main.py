@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.models.build import compose
 from tests.trainer.tiny import overrides
 from trainer import main
 from trainer.checkpoint.convert import convert
@@ -111,11 +112,25 @@ def test_a_sweep_gives_each_job_a_folder(train, tmp_path, run_dir):
         ("foo=1", "foo=1: unknown key; allowed: mixer, data, "),
         ("trainer.stepz=1", "trainer.stepz=1: unknown key; allowed: trainer.steps, "),
         ("mixer.kda.heads=1", "mixer.kda.heads=1: unknown key; allowed: mixer.kda.num_heads, "),
-        ("+trainer.stepz=1", "trainer.stepz=1: unknown key; allowed: activation_checkpointing, "),
         ("model=none", "model=none: unknown choice; allowed: kimi_linear, "),
         ("engine=none", "engine=none: unknown choice; allowed: accelerate, ddp"),
         ("engine=null", "engine=null: unknown choice; allowed: accelerate, ddp"),
         ("schedule=[]", "schedule=[]: unknown choice; allowed: constant, cosine, wsd"),
+        ("tasks.kv.depth=1", "tasks.kv.depth=1: unknown key; allowed: tasks.kv.lengths, "),
+        ("trainer.steps=[1", "'trainer.steps=[1': not understood"),
+        ("trainer.steps=0", "trainer.steps is 0; allowed: 1 or more"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(train, tmp_path, argument, line):
+    code, _, errors = train(*overrides(tmp_path), *argument.split())
+    assert code == 2
+    assert len(errors) == 1 and errors[0].startswith(f"error: {line}"), errors
+
+
+@pytest.mark.parametrize(
+    ("argument", "line"),
+    [
+        ("+trainer.stepz=1", "trainer.stepz=1: unknown key; allowed: activation_checkpointing, "),
         ("trainer.steps=many", "trainer.steps=many: allowed: int"),
         ("trainer.steps=0", "trainer.steps is 0; allowed: 1 or more"),
         ("trainer.seed=9223372036854775808", "trainer.seed=9223372036854775808: allowed: int"),
@@ -155,14 +170,12 @@ def test_a_sweep_gives_each_job_a_folder(train, tmp_path, run_dir):
             "eval.tasks=[position] eval.every=9 tasks.position.length=999",
             "tasks.position.length=999: no document of the split is so long; allowed: 2 to ",
         ),
-        ("tasks.kv.depth=1", "tasks.kv.depth=1: unknown key; allowed: tasks.kv.lengths, "),
         ("data.task=kv", "data.task=kv: allowed: null; data=task takes one"),
         (
             "data=task data.source=files data.task=position",
             "data.task=position: has no examples; allowed: copy, ",
         ),
         ("data=task data.task=f1", "Interpolation key 'tasks.f1' not found; full_key: data."),
-        ("trainer.steps=[1", "'trainer.steps=[1': not understood"),
         ("trainer.precision=fp8", "trainer.precision=fp8: allowed: fp32, bf16, fp64 or null"),
         ("optim.lr=${nothing}", "Interpolation key 'nothing' not found; full_key: optim.lr"),
         ("optim.lr=-1", "optim.lr is -1; allowed: above 0"),
@@ -184,9 +197,14 @@ def test_a_sweep_gives_each_job_a_folder(train, tmp_path, run_dir):
         ("init_from=/nowhere", "init_from=/nowhere: no weights in /nowhere; allowed: "),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(train, tmp_path, argument, line):
-    code, _, errors = train(*overrides(tmp_path), *argument.split())
-    assert code == 2
+def test_bad_values_are_too(tmp_path, monkeypatch, capfd, argument, line):
+    """Behind Hydra, which takes most of a second."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop, main.exit_codes("train"):
+        main.train(compose(overrides(tmp_path, *argument.split())))
+    close_logging()
+    errors = capfd.readouterr().err.splitlines()
+    assert stop.value.code == 2
     assert len(errors) == 1 and errors[0].startswith(f"error: {line}"), errors
 
 
