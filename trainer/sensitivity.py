@@ -182,7 +182,7 @@ def _identity(models: Mapping[str, str], batches: Sequence[Batch], setup: Setup)
 def _digest(source: WeightSource) -> str:
     content = hashlib.sha256(json.dumps(source.config, sort_keys=True).encode())
     for name in sorted(source.shapes):
-        content.update(source.get(name).contiguous().view(torch.uint8).numpy())
+        content.update(source.get(name).contiguous().view(torch.uint8).numpy().data)
     return content.hexdigest()[:16]
 
 
