@@ -25,7 +25,7 @@ def construct(section: Mapping[str, Any], path: str, **given: Any) -> Any:
     keywords = {key: value for key, value in section.items() if not _reserved(key)}
     if "_target_" not in section:
         raise ConfigError(f"{path}._target_: missing; allowed: the name of a class or function")
-    target = _locate(section["_target_"], f"{path}._target_")
+    target = locate(section["_target_"], f"{path}._target_")
     partial = bool(section.get("_partial_"))
     return call(target, keywords, path, partial=partial, **given)
 
@@ -66,7 +66,8 @@ def _check_section(section: object, path: str) -> None:
         raise ConfigError(f"{path}={section}: allowed: a section, whose keys are {path}.*")
 
 
-def _locate(name: str, path: str) -> Callable[..., Any]:
+def locate(name: str, path: str) -> Callable[..., Any]:
+    """The class or function of that name; raises ConfigError under `path`."""
     module, _, attribute = str(name).rpartition(".")
     try:
         return getattr(importlib.import_module(module), attribute)

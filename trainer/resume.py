@@ -9,7 +9,10 @@ those that have begun may not change, but for how long the one under way lasts; 
 from collections.abc import Mapping
 from typing import Any
 
+from models.checkpoints.config import defaults
+from models.hybrid import HybridLM
 from trainer.agreement import flatten
+from trainer.construct import locate
 from trainer.errors import ConfigError
 
 
@@ -26,9 +29,14 @@ def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Non
 
 
 def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A key that is younger than the checkpoint counts with its default."""
     model, mixers = config["model"], config["mixer"]
     sections = {
-        "model": {k: v for k, v in model.items() if k != "name"},
-        "mixer": {name: mixers[name] for name in model["pattern"]},
+        "model": defaults(HybridLM) | {k: v for k, v in model.items() if k != "name"},
+        "mixer": {name: _filled(mixers[name], f"mixer.{name}") for name in model["pattern"]},
     }
     return flatten(sections) | {"trainer.seed": config["trainer"]["seed"]}
+
+
+def _filled(section: Mapping[str, Any], path: str) -> dict[str, Any]:
+    return defaults(locate(section["_target_"], f"{path}._target_")) | dict(section)

@@ -1,7 +1,7 @@
 """Model configs as plain dicts, `model:` and `mixer:` as in conf/, read for a published format."""
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from models.mixer import Mixer
@@ -22,6 +22,12 @@ TOKEN_FIELDS = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "pad_token_
 def target(mixer: type[Mixer]) -> str:
     """The class as a config names it."""
     return f"{mixer.__module__}.{mixer.__qualname__}"
+
+
+def defaults(constructor: Callable[..., object]) -> Config:
+    """What its keywords are where a config does not have them."""
+    parameters = inspect.signature(constructor).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def layer_mixers(model: Config) -> list[str]:
@@ -48,13 +54,12 @@ def shared_keywords(
     """
     used = dict.fromkeys(layer_mixers(config["model"]))
     names = [name for name in used if config["mixer"][name]["_target_"] == target(mixer)]
-    parameters = inspect.signature(mixer).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    only = {keyword: x for keyword, x in (defaults | fixed).items() if keyword not in held}
+    own = defaults(mixer)
+    only = {keyword: x for keyword, x in (own | fixed).items() if keyword not in held}
     shared: Config = {}
     for name in names:
         given = {k: v for k, v in config["mixer"][name].items() if not k.startswith("_")}
-        settings = defaults | given
+        settings = own | given
         for keyword, allowed in only.items():
             if settings[keyword] != allowed:
                 raise ValueError(

@@ -45,3 +45,12 @@ def test_may_not_change(change, key):
         check_resumable(compose(SAVED), compose([change]))
     assert str(caught.value).startswith(key)
     assert "the checkpoint was written with" in str(caught.value)
+
+
+def test_keys_that_a_checkpoint_is_too_old_for_have_their_defaults():
+    old = compose(SAVED)
+    del old["model"]["residual_block"], old["mixer"]["kda"]["full_rank_gate"]
+    check_resumable(old, compose([]))
+    for change in ("model.residual_block=2", "mixer.kda.full_rank_gate=true"):
+        with pytest.raises(ConfigError, match=f"^{change.partition('=')[0]}="):
+            check_resumable(old, compose([change]))
