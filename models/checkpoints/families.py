@@ -38,13 +38,13 @@ def family_of(hf: Config, *, source: Path) -> Family:
 
 def family_for(config: Config) -> Family:
     """The first family that can hold a model of ours. Raises ValueError where none can."""
-    reason = None
+    reason = ""
     for family in FAMILIES.values():
         try:
             family.key_table(config)
             family.export_config(config)
         except ValueError as error:
-            reason = error
+            reason = str(error)
         else:
             return family
     raise ValueError(reason)

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.dynamic_module_utils import check_imports
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 257, "eos_token_id": None}
 
 
 def check(folder: Path) -> None:
+    for file in folder.glob("*.py"):
+        check_imports(file)  # as for a folder of the hub: only what is installed
     tokens, expected, written = torch.load(folder.with_suffix(".pt"))
     model, report = load(folder, output_loading_info=True)
     assert not any(report.values()), report
@@ -23,6 +26,7 @@ def check(folder: Path) -> None:
         )
         assert torch.equal(cached, whole)
     check_masks(model, tokens)
+    model.save_pretrained(folder.with_name(f"{folder.name}_saved"))
     labels = tokens.clone()
     labels[:, :30] = -100
     logits = expected[:, 29:-1].flatten(0, 1)

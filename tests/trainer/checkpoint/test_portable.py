@@ -11,6 +11,7 @@ import torch
 from models.sequence import SequenceInfo
 from tests.models.build import MIXERS, make_model, randomise
 from tests.trainer.checkpoint.test_convert import assert_holds, run, save
+from trainer.checkpoint.weights import open_weights
 from trainer.generation import generate
 
 SIZES = ["model.d_model=24", "model.ffn.hidden=32"]
@@ -68,3 +69,9 @@ def test_transformers_alone_computes_what_we_do(tmp_path):
         command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
+    for folder in folders:
+        saved, written = (
+            open_weights(x) for x in (folder.with_name(f"{folder.name}_saved"), folder)
+        )
+        assert saved.config == written.config
+        assert all(torch.equal(saved.get(name), written.get(name)) for name in written.shapes)
