@@ -36,13 +36,15 @@ class Layer(nn.Module):
         norm_eps: float,
     ) -> None:
         super().__init__()
-        self.mixer_residual = residuals[0]
+        if ffn is None:
+            (self.mixer_residual,) = residuals
+        else:
+            self.mixer_residual, self.ffn_residual = residuals
         self.mixer_norm = RMSNorm(d_model, eps=norm_eps)
         self.mixer = mixer
-        self.ffn = ffn
         if ffn is not None:
-            self.ffn_residual = residuals[1]
             self.ffn_norm = RMSNorm(d_model, eps=norm_eps)
+        self.ffn = ffn
 
     def forward(self, stream: Stream, info: SequenceInfo, cache: Cache | None = None) -> Stream:
         x = self.mixer_norm(self.mixer_residual(stream))

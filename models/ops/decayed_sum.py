@@ -148,7 +148,8 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output, grad_state):
-        inputs, before = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        saved = ctx.saved_tensors  # read once: a checkpointed layer gives them no second time
+        inputs, before = saved[:5], saved[5:]
         batch, _, heads, _ = grad_output.shape
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[:5]) if needed]
         grads = {i: torch.empty_like(inputs[i]) for i in wanted}

@@ -35,6 +35,10 @@ SIZES = [
     "mixer.kda={num_heads: 2, head_dim: 32}",
     "mixer.mla={num_heads: 2, kv_rank: 32, nope_dim: 16, rope_dim: 16, v_dim: 32}",
     "mixer.gqa={num_heads: 2, num_kv_heads: 1, head_dim: 32}",
+    "mixer.mfa={num_heads: 2, head_dim: 32, q_rank: 32}",
+    "mixer.gdn={num_heads: 2, head_dim: 16}",
+    "mixer.mamba2={num_heads: 2, head_dim: 32, state_dim: 32}",
+    "mixer.lightning={num_heads: 2, head_dim: 32}",
 ]
 PATTERN = f"model.pattern=[{','.join(MIXERS)}]"
 FORMATS: tuple[Format | None, ...] = (None, "int8")
