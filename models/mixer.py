@@ -13,13 +13,15 @@ from models.sequence import CausalConv, LinearRecurrence, SequenceInfo
 Cache = dict[str, Tensor]
 
 
-def extend(cache: Cache | None, name: str, x: Tensor) -> Tensor:
-    """`x` behind the tokens that `cache[name]` holds, [batch, cached + seq, ...], and caches it."""
+def extend(cache: Cache | None, name: str, x: Tensor, *, window: int | None = None) -> Tensor:
+    """`x` behind the tokens that `cache[name]` holds, [batch, cached + seq, ...], and caches it; of
+    a window what the next token will see."""
     if cache is None:
         return x
     if name in cache:
         x = torch.cat([cache[name], x], dim=1)
-    cache[name] = x
+    kept = x.shape[1] if window is None else min(window - 1, x.shape[1])
+    cache[name] = x if kept == x.shape[1] else x[:, x.shape[1] - kept :].clone()
     return x
 
 

@@ -16,7 +16,7 @@ from models.precision import widen
 from models.sequence import SequenceInfo, SoftmaxAttention
 from parallel.collectives import Axis, Pending
 from parallel.plans import Row, add_, own_rank, rank_on, seen, take, tokens, where
-from parallel.softmax import Gradients, Merging, SoftmaxScheme, pack, unpack
+from parallel.softmax import Gradients, Merging, Options, SoftmaxScheme, pack, unpack
 
 
 class Fetch(NamedTuple):
@@ -56,10 +56,12 @@ class GatherAttention(SoftmaxScheme):
             raise ValueError(f"head_groups is {head_groups}; it must be at least 1")
         self.head_groups = head_groups
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, info: SequenceInfo, scale: float) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, info: SequenceInfo, options: Options
+    ) -> Tensor:
         rank_on(self.axis, info)
         groups = _groups(q.shape[2], k.shape[2], self.head_groups)
-        return _Gather.apply(self.op, self.axis, groups, q, k, v, info, scale)
+        return _Gather.apply(self.op, self.axis, groups, q, k, v, info, options)
 
 
 class HeadGroup(NamedTuple):
@@ -80,7 +82,7 @@ def _groups(heads: int, kv_heads: int, groups: int) -> list[HeadGroup]:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, op: SoftmaxAttention, axis: Axis, groups, q, k, v, info, scale):
+    def forward(ctx: Any, op: SoftmaxAttention, axis: Axis, groups, q, k, v, info, options):
         plan = fetch(info.peers, own_rank(info), causal=op.causal)
         results = []
         arriving = _fetch(axis, plan, k, v, groups[0], "forward")
@@ -89,14 +91,14 @@ class _Gather(torch.autograd.Function):
             if following is not None:
                 arriving = _fetch(axis, plan, k, v, following, "forward")
             keys, values = k[:, :, group.kv], v[:, :, group.kv]
-            attention = Merging(op, q[:, :, group.q], keys, values, info, scale)
+            attention = Merging(op, q[:, :, group.q], keys, values, info, options)
             remote = current.wait()
             if plan.keys:
                 attention.add(*unpack(remote, k, v), plan.keys)
             results.append(attention.finish())
         output, lse = (torch.cat(parts, dim=2) for parts in zip(*results, strict=True))
         ctx.save_for_backward(q, k, v, output, lse)
-        ctx.op, ctx.axis, ctx.groups, ctx.info, ctx.scale = op, axis, groups, info, scale
+        ctx.op, ctx.axis, ctx.groups, ctx.info, ctx.options = op, axis, groups, info, options
         return output
 
     @staticmethod
@@ -113,7 +115,7 @@ class _Gather(torch.autograd.Function):
             if following is not None:
                 arriving = _fetch(axis, plan, k, v, following, "backward")
             saved = tuple(x[:, :, group.q] for x in (grad, q, output, lse))
-            grads, remote = Gradients(ctx.op, saved, ctx.info, ctx.scale), current.wait()
+            grads, remote = Gradients(ctx.op, saved, ctx.info, ctx.options), current.wait()
             grad_remote = widen(remote)  # of no rows if there are no keys
             if plan.keys:
                 grad_remote = grads.of(*unpack(remote, k, v), plan.keys)

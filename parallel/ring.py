@@ -15,7 +15,7 @@ from models.precision import widen
 from models.sequence import Fragment, SequenceInfo, SoftmaxAttention
 from parallel.collectives import Axis, Pending
 from parallel.plans import Row, add_, own_rank, put_, rank_on, seen, take, tokens, where
-from parallel.softmax import Gradients, Merging, SoftmaxScheme, pack, unpack
+from parallel.softmax import Gradients, Merging, Options, SoftmaxScheme, pack, unpack
 
 
 class Stop(NamedTuple):
@@ -66,18 +66,20 @@ class RingAttention(SoftmaxScheme):
     besides the rows that stay for the backward: over ranks, on average no more than the own ones.
     """
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, info: SequenceInfo, scale: float) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, info: SequenceInfo, options: Options
+    ) -> Tensor:
         rank_on(self.axis, info)
-        return _Ring.apply(self.op, self.axis, q, k, v, info, scale)
+        return _Ring.apply(self.op, self.axis, q, k, v, info, options)
 
 
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, op: SoftmaxAttention, axis: Axis, q, k, v, info, scale):
+    def forward(ctx: Any, op: SoftmaxAttention, axis: Axis, q, k, v, info, options):
         path = stops(info.peers, own_rank(info), causal=op.causal)
         own = (take(x[0], path[0].on) for x in (k, v))
         coming = _shift(axis, pack(*own), tokens(path[1].keys), "forward")
-        attention = Merging(op, q, k, v, info, scale)
+        attention = Merging(op, q, k, v, info, options)
         kept = []
         for hop, stop in enumerate(path[1:], 1):
             held = coming.wait()
@@ -88,14 +90,14 @@ class _Ring(torch.autograd.Function):
             kept.append(take(held, stop.stay))
         output, lse = attention.finish()
         ctx.save_for_backward(q, k, v, output, lse, *kept)
-        ctx.op, ctx.axis, ctx.info, ctx.scale = op, axis, info, scale
+        ctx.op, ctx.axis, ctx.info, ctx.options = op, axis, info, options
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
         q, k, v, output, lse, *kept = ctx.saved_tensors
         path = stops(ctx.info.peers, own_rank(ctx.info), causal=ctx.op.causal)
-        grads = Gradients(ctx.op, (grad, q, output, lse), ctx.info, ctx.scale)
+        grads = Gradients(ctx.op, (grad, q, output, lse), ctx.info, ctx.options)
         returned: Pending | None = None
         gradients: Pending | None = None
         for hop in range(len(path) - 1, 0, -1):

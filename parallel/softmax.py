@@ -1,7 +1,7 @@
 """What the schemes of softmax attention share: what they take, and when nothing has to move."""
 
 from abc import abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,12 +23,14 @@ from parallel.plans import (
     where,
 )
 
+Options = dict[str, Any]
+
 
 class SoftmaxScheme(SoftmaxAttention):
     """Attention of a local row to keys on all ranks of an axis, computed by `op` in blocks.
 
-    Raises ValueError for what only a whole sequence on one rank can have: other keys than the
-    row's own (decoding), and further masks.
+    A window hides keys and saves no message. Raises ValueError for what only a whole sequence on
+    one rank can have: other keys than the row's own (decoding), and further masks.
     """
 
     def __init__(self, op: SoftmaxAttention, *, axis: Axis) -> None:
@@ -46,6 +48,7 @@ class SoftmaxScheme(SoftmaxAttention):
         *,
         key_info: SequenceInfo | None = None,
         scale: float | None = None,
+        window: int | None = None,
         **masks,
     ) -> Tensor:
         refuse_keys(self, info, key_info)
@@ -55,13 +58,16 @@ class SoftmaxScheme(SoftmaxAttention):
                 raise ValueError(f"{name} takes no {mask}; parallel=single does")
         own_rank(info)
         if not cut_documents(info.peers):
-            return self.op(q, k, v, info, scale=scale)
+            return self.op(q, k, v, info, scale=scale, window=window)
         q, k, v = autocast(q, k, v)
-        return self.attend(q, k, v, info, scale or q.shape[-1] ** -0.5)
+        options: Options = {"scale": scale or q.shape[-1] ** -0.5, "window": window}
+        return self.attend(q, k, v, info, options)
 
     @abstractmethod
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, info: SequenceInfo, scale: float) -> Tensor:
-        """`forward` where some document lies on several ranks."""
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, info: SequenceInfo, options: Options
+    ) -> Tensor:
+        """`forward` where some document lies on several ranks; options: the op's keywords."""
 
     def block(self, q, k, v, info, key_info, **kwargs):
         raise ValueError(f"{type(self).__name__} has no blocks: it is made of those of its op")
@@ -94,16 +100,16 @@ class Merging:
         k: Tensor,
         v: Tensor,
         info: SequenceInfo,
-        scale: float,
+        options: Options,
     ) -> None:
-        self.op, self.scale, self.readers = op, scale, Readers.of(info)
-        self.whole = op.block(q, k, v, info, info, scale=scale)
+        self.op, self.options, self.readers = op, options, Readers.of(info)
+        self.whole = op.block(q, k, v, info, info, **options)
         self.q = self.readers.take(q)
         self.output, self.lse = (widen(self.readers.take(x)) for x in self.whole)
 
     def add(self, k: Tensor, v: Tensor, keys: Row) -> None:
         key_info = row_info(keys, k.device)
-        part = self.op.block(self.q, k, v, self.readers.info, key_info, scale=self.scale)
+        part = self.op.block(self.q, k, v, self.readers.info, key_info, **self.options)
         merge_(self.output, self.lse, *part)
 
     def finish(self) -> tuple[Tensor, Tensor]:
@@ -141,9 +147,9 @@ class Gradients:
         op: SoftmaxAttention,
         saved: tuple[Tensor, ...],
         info: SequenceInfo,
-        scale: float,
+        options: Options,
     ) -> None:
-        self.op, self.saved, self.info, self.scale = op, saved, info, scale
+        self.op, self.saved, self.info, self.options = op, saved, info, options
         self.readers = Readers.of(info)
         self.cut = tuple(map(self.readers.take, saved))
         self.grad_q = torch.zeros_like(widen(self.cut[1]))  # of the queries in cut documents
@@ -164,7 +170,7 @@ class Gradients:
     def _block(self, saved, k, v, info, key_info) -> tuple[Tensor, Tensor]:
         grad_output, q, output, lse = saved
         grads = self.op.block_backward(
-            grad_output, q, k, v, output, lse, info, key_info, scale=self.scale
+            grad_output, q, k, v, output, lse, info, key_info, **self.options
         )
         grad_q, grad_k, grad_v = map(widen, grads)
         return grad_q, pack(grad_k[0], grad_v[0])

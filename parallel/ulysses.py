@@ -16,7 +16,7 @@ from models.precision import widen
 from models.sequence import SequenceInfo, SequenceOp
 from parallel.collectives import Axis
 from parallel.plans import merge_order, merged_neighbours, neighbours, own_rank, row_info
-from parallel.softmax import SoftmaxScheme
+from parallel.softmax import Options, SoftmaxScheme
 
 
 class HeadExchange:
@@ -165,13 +165,15 @@ class UlyssesAttention(SoftmaxScheme):
     Where no key head is replicated, results and gradients are bitwise those of one rank.
     """
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, info: SequenceInfo, scale: float) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, info: SequenceInfo, options: Options
+    ) -> Tensor:
         exchange = HeadExchange(self.axis, info, heads=q.shape[2], op="softmax")
         exchange.check_inner(self.op, SoftmaxScheme)
         group = q.shape[2] // k.shape[2]
         q, k, v = exchange.to_heads(q, k, v)
         counts = _repeats(exchange.own, group)
-        output = self.op(q, _repeat(k, counts), _repeat(v, counts), exchange.info, scale=scale)
+        output = self.op(q, _repeat(k, counts), _repeat(v, counts), exchange.info, **options)
         return exchange.to_tokens(output)
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.checks import positive
-from models.decay import DecayGate
+from models.decay import HeadDecay
 from models.mixer import Cache, Mixer, convolve, recur, repeat_heads, reset_taps
 from models.norm import RMSNorm, l2_normalise
 from models.ops.select import Ops
@@ -54,8 +54,7 @@ class GatedDeltaNet(Mixer):
         channels, inner = sum(self.widths), num_heads * value_dim
         self.qkv_proj = nn.Linear(d_model, channels, bias=False)
         self.conv_weight = nn.Parameter(torch.empty(channels, conv_width))
-        self.decay_proj = nn.Linear(d_model, num_heads, bias=False)
-        self.decay_gate = DecayGate(num_heads=num_heads, head_dim=1, lower_bound=None)
+        self.decay = HeadDecay(d_model, num_heads=num_heads)
         self.beta_proj = nn.Linear(d_model, num_heads, bias=False)
         self.gate_proj = nn.Linear(d_model, inner, bias=False)
         self.out_norm = RMSNorm(value_dim, eps=norm_eps)
@@ -67,9 +66,9 @@ class GatedDeltaNet(Mixer):
         reset_taps(self.conv_weight)
 
     def forward(self, x: Tensor, info: SequenceInfo, cache: Cache | None = None) -> Tensor:
-        log_decay = self.decay_gate(self.decay_proj(x).unsqueeze(-1))  # [B, S, H, 1]
         beta = self.beta_scale * widen(self.beta_proj(x)).sigmoid()  # [B, S, H]
-        output = recur(self.recurrence, (*self._qkv(x, info, cache), log_decay, beta), info, cache)
+        tensors = *self._qkv(x, info, cache), self.decay(x), beta
+        output = recur(self.recurrence, tensors, info, cache)
         y = widen(self.out_norm(output)).flatten(2) * F.silu(widen(self.gate_proj(x)))
         return self.out_proj(y.to(x.dtype))
 

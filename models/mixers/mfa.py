@@ -9,7 +9,7 @@ from models.checks import positive
 from models.mixer import Cache, Mixer, extend
 from models.norm import RMSNorm
 from models.ops.select import Ops
-from models.rope import Rope
+from models.rope import make_rope
 from models.sequence import SequenceInfo
 
 
@@ -39,8 +39,8 @@ class FactorisedAttention(Mixer):
         self.q_norm = RMSNorm(q_rank, eps=norm_eps)
         self.q_up = nn.Linear(q_rank, num_heads * head_dim, bias=False)
         self.out_proj = nn.Linear(num_heads * head_dim, d_model, bias=False)
-        self.rope = (
-            None if rope_base is None else Rope(head_dim, base=rope_base, factor=rope_factor)
+        self.rope = make_rope(
+            head_dim, base=rope_base, factor=rope_factor, scaling=None, frequencies=None
         )
         self.attention = ops.softmax()
 

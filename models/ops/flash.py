@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.ops.softmax import TiledSoftmax, tiles
-from models.sequence import Fragment
+from models.ops.softmax import TiledSoftmax
+from models.ops.tiles import tiles
+from models.sequence import Fragment, SequenceInfo
 
 
 class Lengths(NamedTuple):
@@ -41,8 +42,9 @@ class VarlenSoftmax(TiledSoftmax):
         key_lengths: Lengths,
         causal: bool,
         scale: float,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Output [tokens, heads, dim], and lse [heads, tokens] in fp32."""
+        """Output [tokens, heads, dim], and lse [heads, tokens] in fp32. A window is causal."""
 
     @abstractmethod
     def varlen_backward(
@@ -57,31 +59,54 @@ class VarlenSoftmax(TiledSoftmax):
         key_lengths: Lengths,
         causal: bool,
         scale: float,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv) under the given output and lse."""
 
-    def block(self, q, k, v, info, key_info, *, scale=None, **masks):
-        whole = whole_documents(info.fragments, key_info.fragments, q.device, causal=self.causal)
+    def block(self, q, k, v, info, key_info, *, scale=None, window=None, **masks):
+        whole = self._whole(info, key_info, q.device, window)
         if whole is None:
-            return super().block(q, k, v, info, key_info, scale=scale, **masks)
+            return super().block(q, k, v, info, key_info, scale=scale, window=window, **masks)
         self.refuse(masks)
         v_dim, scale = v.shape[-1], scale or q.shape[-1] ** -0.5
         padded = self._equal_dims(q, k, v)
-        output, lse = self._forward(*padded, whole, whole, self.causal, scale)
+        output, lse = self._forward(*padded, whole, whole, self.causal, scale, window)
         return output[..., :v_dim], lse
 
     def block_backward(
-        self, grad_output, q, k, v, output, lse, info, key_info, *, scale=None, **masks
+        self,
+        grad_output,
+        q,
+        k,
+        v,
+        output,
+        lse,
+        info,
+        key_info,
+        *,
+        scale=None,
+        window=None,
+        **masks,
     ):
-        whole = whole_documents(info.fragments, key_info.fragments, q.device, causal=self.causal)
+        whole = self._whole(info, key_info, q.device, window)
         if whole is None:
             saved = (grad_output, q, k, v, output, lse)
-            return super().block_backward(*saved, info, key_info, scale=scale, **masks)
+            options = {"scale": scale, "window": window, **masks}
+            return super().block_backward(*saved, info, key_info, **options)
         self.refuse(masks)
         dims, scale = (q.shape[-1], k.shape[-1], v.shape[-1]), scale or q.shape[-1] ** -0.5
         q, k, v, grad, output = self._equal_dims(q, k, v, grad_output, output)
-        grads = self._backward(grad, q, k, v, output, lse, whole, whole, self.causal, scale)
+        saved = (grad, q, k, v, output, lse)
+        grads = self._backward(*saved, whole, whole, self.causal, scale, window)
         return tuple(x[..., :dim] for x, dim in zip(grads, dims, strict=True))
+
+    def _whole(
+        self, info: SequenceInfo, key_info: SequenceInfo, device: torch.device, window: int | None
+    ) -> Lengths | None:
+        """What one call of the kernel takes; None: tile by tile, where `tiles` may refuse it."""
+        if window is not None and not self.causal:
+            return None
+        return whole_documents(info.fragments, key_info.fragments, device, causal=self.causal)
 
     def tile(self, q, k, v, causal, scale):
         return self._forward(q, k, v, _equal_lengths(q), _equal_lengths(k), causal, scale)
@@ -90,16 +115,19 @@ class VarlenSoftmax(TiledSoftmax):
         lengths = _equal_lengths(q), _equal_lengths(k)
         return self._backward(grad, q, k, v, output, lse, *lengths, causal, scale)
 
-    def _forward(self, q, k, v, lengths, key_lengths, causal, scale):
+    def _forward(self, q, k, v, lengths, key_lengths, causal, scale, window=None):
         self.check_dtype(q.dtype)
         flat = (x.flatten(0, 1) for x in (q, k, v))
-        output, lse = self.varlen(*flat, lengths, key_lengths, causal, scale)
+        output, lse = self.varlen(*flat, lengths, key_lengths, causal, scale, window)
         return output.view(q.shape), lse.T.reshape(q.shape[:-1])
 
-    def _backward(self, grad, q, k, v, output, lse, lengths, key_lengths, causal, scale):
+    def _backward(
+        self, grad, q, k, v, output, lse, lengths, key_lengths, causal, scale, window=None
+    ):
         flat = (x.flatten(0, 1).contiguous() for x in (grad, q, k, v, output))
         flat_lse = lse.flatten(0, 1).T.contiguous()
-        grads = self.varlen_backward(*flat, flat_lse, lengths, key_lengths, causal, scale)
+        saved = (*flat, flat_lse)
+        grads = self.varlen_backward(*saved, lengths, key_lengths, causal, scale, window)
         return tuple(x.view_as(y) for x, y in zip(grads, (q, k, v), strict=True))
 
     def check_dtype(self, dtype: torch.dtype) -> None:
@@ -147,33 +175,41 @@ def whole_documents(
 class AtenVarlenSoftmax(VarlenSoftmax):
     """The flash kernels that PyTorch ships for CUDA."""
 
-    def varlen(self, q, k, v, lengths, key_lengths, causal, scale):
+    def varlen(self, q, k, v, lengths, key_lengths, causal, scale, window=None):
         kernel = torch.ops.aten._flash_attention_forward
         bounds = (lengths.bounds, key_lengths.bounds, lengths.longest, key_lengths.longest)
-        output, lse, *_ = kernel(q, k, v, *bounds, 0.0, causal, False, scale=scale)
+        back = None if window is None else window - 1
+        output, lse, *_ = kernel(
+            q, k, v, *bounds, 0.0, causal, False, scale=scale, window_size_left=back
+        )
         return output, lse
 
-    def varlen_backward(self, grad, q, k, v, output, lse, lengths, key_lengths, causal, scale):
+    def varlen_backward(
+        self, grad, q, k, v, output, lse, lengths, key_lengths, causal, scale, window=None
+    ):
         kernel = torch.ops.aten._flash_attention_backward
         bounds = (lengths.bounds, key_lengths.bounds, lengths.longest, key_lengths.longest)
         # State of the dropout's random numbers, of which there are none.
         seed = torch.zeros(2, dtype=torch.uint64, device=q.device), q.new_empty(0)
         saved = (grad, q, k, v, output, lse)
-        return kernel(*saved, *bounds, 0.0, causal, *seed, scale=scale)
+        back = None if window is None else window - 1
+        return kernel(*saved, *bounds, 0.0, causal, *seed, scale=scale, window_size_left=back)
 
 
 class FlashSoftmax(VarlenSoftmax):
     """The flash-attn package."""
 
-    def varlen(self, q, k, v, lengths, key_lengths, causal, scale):
+    def varlen(self, q, k, v, lengths, key_lengths, causal, scale, window=None):
         from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
         output, lse, *_ = _flash_attn_varlen_forward(
-            q, k, v, **_package_arguments(lengths, key_lengths, causal, scale)
+            q, k, v, **_package_arguments(lengths, key_lengths, causal, scale, window)
         )
         return output, lse
 
-    def varlen_backward(self, grad, q, k, v, output, lse, lengths, key_lengths, causal, scale):
+    def varlen_backward(
+        self, grad, q, k, v, output, lse, lengths, key_lengths, causal, scale, window=None
+    ):
         from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
         grads = tuple(torch.empty_like(x) for x in (q, k, v))
@@ -189,13 +225,13 @@ class FlashSoftmax(VarlenSoftmax):
             dk=dk,
             dv=dv,
             deterministic=torch.are_deterministic_algorithms_enabled(),
-            **_package_arguments(lengths, key_lengths, causal, scale),
+            **_package_arguments(lengths, key_lengths, causal, scale, window),
         )
         return grads
 
 
 def _package_arguments(
-    lengths: Lengths, key_lengths: Lengths, causal: bool, scale: float
+    lengths: Lengths, key_lengths: Lengths, causal: bool, scale: float, window: int | None
 ) -> dict[str, object]:
     return {
         "cu_seqlens_q": lengths.bounds,
@@ -205,7 +241,7 @@ def _package_arguments(
         "dropout_p": 0.0,
         "softmax_scale": scale,
         "causal": causal,
-        "window_size_left": -1,
+        "window_size_left": -1 if window is None else window - 1,
         "window_size_right": -1,
         "softcap": 0.0,
         "alibi_slopes": None,

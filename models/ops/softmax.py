@@ -1,25 +1,22 @@
 """Softmax attention inside packed documents.
 
-`EinsumSoftmax` is the definition. The fused implementations see no mask: `tiles` cuts what a row
-of queries sees of a row of keys into rectangles and squares, and a kernel is called for each,
-without a mask or with the plain causal one. FlashAttention-2, arXiv 2307.08691, for the kernels
-and for merging partial results by their log-sum-exp.
+`EinsumSoftmax` is the definition. The fused implementations see no mask: a kernel is called for
+each of the `tiles` of what is seen, without a mask or with the plain causal one. FlashAttention-2,
+arXiv 2307.08691, for the kernels and for merging partial results by their log-sum-exp.
 """
 
 import math
 from abc import abstractmethod
-from collections import defaultdict
-from functools import lru_cache
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.ops.runs import Run, grouped_rows, runs, unordered_runs
+from models.ops.runs import grouped_rows
+from models.ops.tiles import Tile, tiles
 from models.precision import autocast, full_precision, widen
-from models.sequence import Fragment, SequenceInfo, SoftmaxAttention, Visibility
+from models.sequence import SequenceInfo, SoftmaxAttention, Visibility
 
 
 class EinsumSoftmax(SoftmaxAttention):
@@ -116,8 +113,8 @@ class BlockSoftmax(SoftmaxAttention):
         **masks,
     ) -> Tensor:
         q, k, v = autocast(q, k, v)
-        self.refuse(masks)
-        return _Attention.apply(self, q, k, v, info, key_info or info, scale)
+        options = {"scale": scale, **masks}
+        return _Attention.apply(self, q, k, v, info, key_info or info, options)
 
     def refuse(self, masks: dict[str, object]) -> None:
         """Raises ValueError for a mask that is not None."""
@@ -130,61 +127,16 @@ class BlockSoftmax(SoftmaxAttention):
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, op, q, k, v, info, key_info, scale):
-        output, lse = op.block(q, k, v, info, key_info, scale=scale)
+    def forward(ctx, op, q, k, v, info, key_info, options):
+        output, lse = op.block(q, k, v, info, key_info, **options)
         ctx.save_for_backward(q, k, v, output, lse)
-        ctx.op, ctx.infos, ctx.scale = op, (info, key_info), scale
+        ctx.op, ctx.infos, ctx.options = op, (info, key_info), options
         return output
 
     @staticmethod
     def backward(ctx, grad):
-        grads = ctx.op.block_backward(grad, *ctx.saved_tensors, *ctx.infos, scale=ctx.scale)
+        grads = ctx.op.block_backward(grad, *ctx.saved_tensors, *ctx.infos, **ctx.options)
         return None, *grads, None, None, None
-
-
-class Tile(NamedTuple):
-    """Queries q_start..q_stop see keys k_start..k_stop of the same row: all of them or, in a
-    square, each those up to itself."""
-
-    q_start: int
-    q_stop: int
-    k_start: int
-    k_stop: int
-    causal: bool = False
-
-
-@lru_cache(maxsize=1024)
-def tiles(
-    row: tuple[Fragment, ...], key_row: tuple[Fragment, ...], *, causal: bool
-) -> tuple[Tile, ...]:
-    """All that the queries of a row see of its keys, ordered by queries."""
-    stretches = runs if causal else unordered_runs
-    keys = defaultdict(list)
-    for run in stretches(key_row):
-        keys[run.document].append(run)
-    pairs = [(run, key_run) for run in stretches(row) for key_run in keys[run.document]]
-    if not causal:
-        return tuple(sorted(Tile(q.start, q.stop, k.start, k.stop) for q, k in pairs))
-    return tuple(sorted(tile for pair in pairs for tile in _causal_tiles(*pair)))
-
-
-def _causal_tiles(q: Run, k: Run) -> list[Tile]:
-    """At most three: keys before the diagonal, the square on it, queries behind all the keys."""
-    to_q, to_k = q.start - q.index, k.start - k.index  # from global index to row
-    q_end, k_end = q.stop - to_q, k.stop - to_k
-    first, last = max(q.index, k.index), min(q_end, k_end)  # the diagonal, in global indices
-    found = []
-    if first + 1 == last:  # one query on the diagonal, as in decoding: no square
-        found.append(Tile(first + to_q, last + to_q, k.start, last + to_k))
-    elif first < last:
-        square = (first + to_q, last + to_q, first + to_k, last + to_k)
-        found.append(Tile(*square, causal=True))
-        if k.index < first:
-            found.append(Tile(first + to_q, last + to_q, k.start, first + to_k))
-    behind = max(q.index, k_end)
-    if behind < q_end:
-        found.append(Tile(behind + to_q, q.stop, k.start, k.stop))
-    return found
 
 
 def merge_(output: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
@@ -201,8 +153,12 @@ def merge_(output: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
 
 
 class TiledSoftmax(BlockSoftmax):
-    """A kernel that knows only "all keys" and "causal square", applied tile by tile."""
+    """A kernel that knows only "all keys" and "causal square", applied tile by tile.
 
+    It takes a window where it is causal.
+    """
+
+    masks = frozenset({"window"})
     head_multiple = 1  # the kernel takes head dims that are multiples of this
 
     @abstractmethod
@@ -225,18 +181,21 @@ class TiledSoftmax(BlockSoftmax):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv) under the given output and lse."""
 
-    def block(self, q, k, v, info, key_info, *, scale=None, **masks) -> tuple[Tensor, Tensor]:
+    def block(
+        self, q, k, v, info, key_info, *, scale=None, window=None, **masks
+    ) -> tuple[Tensor, Tensor]:
         self.refuse(masks)
         v_dim, scale = v.shape[-1], scale or q.shape[-1] ** -0.5
         q, k, v = self._equal_dims(q, k, v)
-        plans = self._plans(info, key_info)
+        plans = self._plans(info, key_info, window)
         merges = any(a.q_stop > b.q_start for plan in plans for a, b in pairwise(plan))
         output = (widen(q[:0]) if merges else q).new_zeros(q.shape)
         lse = widen(q[:0]).new_full(q.shape[:-1], -math.inf)
         for rows, plan in grouped_rows(plans):
             for tile in plan:
                 at, key_at = _at(rows, tile)
-                part, part_lse = self.tile(q[at], k[key_at], v[key_at], tile.causal, scale)
+                seen = _turned(tile, q[at], k[key_at], v[key_at])
+                part, part_lse = _turned(tile, *self.tile(*seen, tile.causal, scale))
                 if merges:
                     merge_(output[at], lse[at], part, part_lse)
                 else:
@@ -244,31 +203,51 @@ class TiledSoftmax(BlockSoftmax):
         return output[..., :v_dim].to(q.dtype), lse
 
     def block_backward(
-        self, grad_output, q, k, v, output, lse, info, key_info, *, scale=None, **masks
+        self,
+        grad_output,
+        q,
+        k,
+        v,
+        output,
+        lse,
+        info,
+        key_info,
+        *,
+        scale=None,
+        window=None,
+        **masks,
     ):
         self.refuse(masks)
         dims, scale = (q.shape[-1], k.shape[-1], v.shape[-1]), scale or q.shape[-1] ** -0.5
         q, k, v, grad, output = self._equal_dims(q, k, v, grad_output, output)
-        plans = self._plans(info, key_info)
+        plans = self._plans(info, key_info, window)
         grads = [widen(x[:0]).new_zeros(x.shape) for x in (q, k, v)]
         for rows, plan in grouped_rows(plans):
             for tile in plan:
                 at, key_at = _at(rows, tile)
-                saved = (grad[at], q[at], k[key_at], v[key_at], output[at], lse[at])
-                parts = self.tile_backward(*saved, tile.causal, scale)
+                seen = grad[at], q[at], k[key_at], v[key_at], output[at], lse[at]
+                parts = self.tile_backward(*_turned(tile, *seen), tile.causal, scale)
+                parts = _turned(tile, *parts)
                 for total, where, part in zip(grads, (at, key_at, key_at), parts, strict=True):
                     total[where] += part
         return tuple(x[..., :dim].to(q.dtype) for x, dim in zip(grads, dims, strict=True))
 
-    def _plans(self, info: SequenceInfo, key_info: SequenceInfo) -> list[tuple[Tile, ...]]:
+    def _plans(
+        self, info: SequenceInfo, key_info: SequenceInfo, window: int | None
+    ) -> list[tuple[Tile, ...]]:
         rows = zip(info.fragments, key_info.fragments, strict=True)
-        return [tiles(row, key_row, causal=self.causal) for row, key_row in rows]
+        return [tiles(row, key_row, causal=self.causal, window=window) for row, key_row in rows]
 
     def _equal_dims(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Zero-padded to one head dim: zeros change neither scores nor the rest of the output."""
         widest = max(x.shape[-1] for x in tensors)
         dim = -(-widest // self.head_multiple) * self.head_multiple
         return tuple(F.pad(x, (0, dim - x.shape[-1])) for x in tensors)
+
+
+def _turned(tile: Tile, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """[batch, seq, ...] each, in the order that the tile is computed in, or back from it."""
+    return tuple(x.flip(1) for x in tensors) if tile.reverse else tensors
 
 
 def _at(rows: slice, tile: Tile) -> tuple[tuple[slice, slice], tuple[slice, slice]]:

@@ -61,25 +61,25 @@ def within_budget(kernel, definition, exact: list[Tensor], dtypes: list[torch.dt
         assert error <= allowed, f"tensor {i}: {error} of {z.norm()}, allowed {allowed}"
 
 
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 50)])
 @pytest.mark.parametrize("dims", [(64, 64), (192, 128), (20, 12)])
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("name", ["aten", pytest.param("flash", marks=needs("flash_attn"))])
-def test_softmax(name, pair, dims, causal):
+def test_softmax(name, pair, dims, causal, window):
     info, key_info = (x.to(DEVICE) for x in PAIRS[pair])
     (batch, seq), key_seq = info.shape, key_info.shape[1]
     shapes = (batch, seq, 4, dims[0]), (batch, key_seq, 2, dims[0]), (batch, key_seq, 2, dims[1])
     op = Ops(softmax=name, device=DEVICE).softmax(causal=causal)
     definition = EinsumSoftmax(causal=causal)
     within_budget(
-        lambda *x: op(*x, info, key_info=key_info),
-        lambda *x: definition(*x, info, key_info=key_info),
+        lambda *x: op(*x, info, key_info=key_info, window=window),
+        lambda *x: definition(*x, info, key_info=key_info, window=window),
         random_tensors(*shapes, device=DEVICE),
         [BF16] * 3,
     )
     q, k, v = random_tensors(*shapes, dtype=BF16, device=DEVICE)
-    lse = op.block(q, k, v, info, key_info)[1]
-    expected = definition.block(q, k, v, info, key_info)[1]
+    lse = op.block(q, k, v, info, key_info, window=window)[1]
+    expected = definition.block(q, k, v, info, key_info, window=window)[1]
     torch.testing.assert_close(lse, expected, rtol=1e-4, atol=1e-3)
 
 

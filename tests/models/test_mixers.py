@@ -19,6 +19,8 @@ LLAMA3 = {
 }
 OPTIONS = [
     ("gqa", {"qk_norm": True, "output_gate": True, "rope_base": None}),
+    ("gqa", {"window": 7}),
+    ("gqa", {"window": 1}),
     ("gqa", {"qkv_bias": True, "out_bias": True, "rope_scaling": LLAMA3}),
     ("mla", {"rope_base": 10_000.0, "q_rank": 16, "output_gate": True}),
     ("mla", {"num_kv_heads": 2, "latent_norm": False, "bias": True, "scale": 0.3}),
@@ -147,7 +149,7 @@ def test_flops_of_recurrent_mixers_count_the_state_and_no_context(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "part"), [("kda", "decay.gate"), ("gdn", "decay_gate"), ("mamba2", "time_step")]
+    ("name", "part"), [("kda", "decay.gate"), ("gdn", "decay.gate"), ("mamba2", "time_step")]
 )
 def test_initial_decays_are_those_of_the_paper(name, part):
     gate = make_mixer(name, num_heads=512, head_dim=4).get_submodule(part)

@@ -43,10 +43,10 @@ def gated_delta_net() -> tuple[nn.Module, Mixer, Callable[[Tensors], Tensors]]:
             "qkv_proj.weight": torch.cat((q, k, v)),
             "gate_proj.weight": gate,
             "beta_proj.weight": beta.flatten(0, 1),
-            "decay_proj.weight": decay.flatten(0, 1),
+            "decay.proj.weight": decay.flatten(0, 1),
             "conv_weight": theirs["conv1d.weight"].squeeze(1),
-            "decay_gate.log_rate": theirs["A_log"],
-            "decay_gate.bias": theirs["dt_bias"],
+            "decay.gate.log_rate": theirs["A_log"],
+            "decay.gate.bias": theirs["dt_bias"],
             "out_norm.weight": theirs["norm.weight"],
             "out_proj.weight": theirs["out_proj.weight"],
         }

@@ -39,10 +39,12 @@ def inputs(
     return [x.detach().to(dtype).requires_grad_() for x in (q, *others)]
 
 
-def attend(op: SoftmaxAttention, tensors: list[Tensor], info: SequenceInfo) -> list[Tensor]:
+def attend(
+    op: SoftmaxAttention, tensors: list[Tensor], info: SequenceInfo, *, window: int | None = None
+) -> list[Tensor]:
     """Output and the gradients of q, k, v."""
     *qkv, weight = tensors
-    output = op(*qkv, info)
+    output = op(*qkv, info, window=window)
     return [output.detach(), *torch.autograd.grad((output * weight).sum(), qkv)]
 
 
@@ -54,11 +56,18 @@ def worst(got: list[Tensor], expected: list[Tensor], info: SequenceInfo) -> floa
 
 
 def errors(
-    ops: list[SoftmaxAttention], peers: tuple[Row, ...], heads, rank: int, *, causal: bool = True
+    ops: list[SoftmaxAttention],
+    peers: tuple[Row, ...],
+    heads,
+    rank: int,
+    *,
+    causal: bool = True,
+    window: int | None = None,
 ) -> list[float]:
     """Of each op on this rank, against the definition on the whole sequence."""
     tensors, info = inputs(peers, heads), rank_info(peers, rank)
-    expected = attend(EinsumSoftmax(causal=causal), tensors, whole(peers))
+    expected = attend(EinsumSoftmax(causal=causal), tensors, whole(peers), window=window)
     return [
-        worst(attend(op, [local(x, info) for x in tensors], info), expected, info) for op in ops
+        worst(attend(op, [local(x, info) for x in tensors], info, window=window), expected, info)
+        for op in ops
     ]

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from models.ops.softmax import AtenSoftmax, EinsumSoftmax, merge_
-from models.sequence import SequenceInfo, SoftmaxAttention
+from models.sequence import SequenceInfo, SoftmaxAttention, Visibility
 from parallel.collectives import Axis, Traffic
 from parallel.gather import GatherAttention, fetch
 from parallel.plans import merge_order
@@ -46,10 +46,11 @@ def check_schemes(axis: Axis) -> None:
     torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
     for i, (case, peers) in enumerate(cases(axis.ranks)):
         kind, heads = [EinsumSoftmax, AtenSoftmax][i % 2], HEADS[i % len(HEADS)]
-        for causal in (True, False):
+        for causal, window in ((True, None), (False, None), (True, 5)):
             schemes = [build(kind(causal=causal), axis) for build in SCHEMES.values()]
-            found = errors(schemes, peers, heads, axis.rank, causal=causal)
-            assert max(found) < 1e-10, (case, heads, causal, dict(zip(SCHEMES, found, strict=True)))
+            found = errors(schemes, peers, heads, axis.rank, causal=causal, window=window)
+            by_scheme = dict(zip(SCHEMES, found, strict=True))
+            assert max(found) < 1e-10, (case, heads, causal, window, by_scheme)
         if axis.ranks != 3 and case.endswith("edges"):
             check_bitwise(axis, case, peers)
 
@@ -97,8 +98,9 @@ def check_two_levels(axis: Axis) -> None:
         inner = [SCHEMES[name](AtenSoftmax(causal=causal), ring) for name in ("ring", "gather")]
         schemes: list[SoftmaxAttention] = [UlyssesAttention(op, axis=ulysses) for op in inner]
         for i, (case, peers) in enumerate(cases(4)):
-            found = errors(schemes, peers, HEADS[i % len(HEADS)], axis.rank, causal=causal)
-            assert max(found) < 1e-10, (case, causal, found)
+            options = {"causal": causal, "window": 5 if causal and i % 2 else None}
+            found = errors(schemes, peers, HEADS[i % len(HEADS)], axis.rank, **options)
+            assert max(found) < 1e-10, (case, options, found)
 
 
 def test_mutations_are_noticed():
@@ -209,8 +211,8 @@ def test_refusals(name, axis):
     alone = SequenceInfo.from_lengths([[7]])
     with pytest.raises(ValueError, match="key_info"):
         scheme(*qkv, info, key_info=alone)
-    with pytest.raises(ValueError, match="takes no window"):
-        scheme(*qkv, info, window=3)
+    with pytest.raises(ValueError, match="takes no visibility"):
+        scheme(*qkv, info, visibility=Visibility(info.index, info.index, info.valid))
     with pytest.raises(ValueError, match="0 peers"):
         scheme(*qkv, alone)
     three = place([21], contiguous(3, 7))

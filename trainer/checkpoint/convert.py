@@ -23,8 +23,8 @@ Dtype = Literal["bf16", "fp32"]
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Decays and the router's correction, which every published checkpoint keeps in fp32.
 _ALWAYS_FP32 = (
-    *(".decay.gate.log_rate", ".decay.gate.bias", ".decay_gate.log_rate", ".decay_gate.bias"),
-    *(".time_step.log_rate", ".time_step.bias", ".skip.weight", ".router.bias"),
+    *(".decay.gate.log_rate", ".decay.gate.bias", ".router.bias"),
+    *(".time_step.log_rate", ".time_step.bias", ".skip.weight"),
 )
 _TOKENIZER_FILES = (
     "tokenizer*",

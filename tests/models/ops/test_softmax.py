@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from models.ops.flash import VarlenSoftmax, whole_documents
-from models.ops.softmax import AtenSoftmax, EinsumSoftmax, TiledSoftmax, merge_, tiles
+from models.ops.softmax import AtenSoftmax, EinsumSoftmax, TiledSoftmax, merge_
+from models.ops.tiles import Tile, tiles
 from models.sequence import Fragment, SequenceInfo, Visibility
 from tests.helpers import INFOS, assert_equal, outputs_and_gradients, random_tensors
 
@@ -26,16 +27,18 @@ class DenseVarlen(VarlenSoftmax):
         # Keys that all come before the queries are all seen.
         return info(lengths, 0 if causal else 50), info(key_lengths, 0)
 
-    def varlen(self, q, k, v, lengths, key_lengths, causal, scale):
+    def varlen(self, q, k, v, lengths, key_lengths, causal, scale, window=None):
         infos = self.infos(lengths, key_lengths, causal)
         tensors = (x.unsqueeze(0) for x in (q, k, v))
-        output, lse = EinsumSoftmax().block(*tensors, *infos, scale=scale)
+        output, lse = EinsumSoftmax().block(*tensors, *infos, scale=scale, window=window)
         return output[0], lse[0].T
 
-    def varlen_backward(self, grad, q, k, v, output, lse, lengths, key_lengths, causal, scale):
+    def varlen_backward(
+        self, grad, q, k, v, output, lse, lengths, key_lengths, causal, scale, window=None
+    ):
         infos = self.infos(lengths, key_lengths, causal)
         tensors = (x.unsqueeze(0) for x in (grad, q, k, v, output, lse.T))
-        grads = EinsumSoftmax().block_backward(*tensors, *infos, scale=scale)
+        grads = EinsumSoftmax().block_backward(*tensors, *infos, scale=scale, window=window)
         return tuple(x[0] for x in grads)
 
     def check_dtype(self, dtype):
@@ -159,6 +162,33 @@ def test_block_equals_definition(op: TiledSoftmax, name):
     assert_equal(got, outputs_and_gradients(attend(reference), tensors), 1e-12)
 
 
+WINDOWED = {name: (info, info) for name, info in INFOS.items()} | QUERIES_AND_KEYS
+
+
+@pytest.mark.parametrize("op", [AtenSoftmax(), DenseVarlen()], ids=["aten", "varlen"])
+@pytest.mark.parametrize("name", WINDOWED)
+def test_windows(op: TiledSoftmax, name):
+    info, key_info = WINDOWED[name]
+    tensors = inputs(info, key_info)
+
+    def attend(op, window):
+        return lambda *x: op(*x, info, key_info=key_info, window=window, scale=0.4)
+
+    for window in (1, 2, 5, 40):
+        got = outputs_and_gradients(attend(op, window), tensors)
+        expected = outputs_and_gradients(attend(EinsumSoftmax(), window), tensors)
+        assert_equal(got, expected, 1e-12)
+
+
+def test_a_window_costs_what_it_shows():
+    (row,) = SequenceInfo.from_lengths([[3000]]).fragments
+    area = sum(
+        (tile.q_stop - tile.q_start) * (tile.k_stop - tile.k_start)
+        for tile in tiles(row, row, causal=True, window=16)
+    )
+    assert area < 2 * 3000 * 16
+
+
 def test_blocks_merge_to_the_whole():
     info, cut = SequenceInfo.span(2, 0, 12), 5
     q, k, v = (x.detach() for x in inputs(info, info))
@@ -206,26 +236,41 @@ def test_autocast_narrows_the_fused_path_only():
 
 def test_masks_are_refused():
     info = INFOS["one document"]
-    with pytest.raises(ValueError, match="AtenSoftmax takes no window"):
-        AtenSoftmax()(*inputs(info, info), info, window=4)
-    with pytest.raises(ValueError, match="AtenSoftmax takes no window"):
-        AtenSoftmax().block(*inputs(info, info), info, info, window=4)
+    block = info.index // 3
+    visibility = Visibility(block, block, torch.ones(*info.shape, KV_HEADS, dtype=torch.bool))
+    with pytest.raises(ValueError, match="AtenSoftmax takes no visibility"):
+        AtenSoftmax()(*inputs(info, info), info, visibility=visibility)
+    with pytest.raises(ValueError, match="AtenSoftmax takes no visibility"):
+        AtenSoftmax().block(*inputs(info, info), info, info, visibility=visibility)
+    for op in (AtenSoftmax(causal=False), DenseVarlen(causal=False)):
+        with pytest.raises(ValueError, match="a window of attention in both directions"):
+            op(*inputs(info, info), info, window=4)
 
 
 def test_tiles():
     (row,) = SequenceInfo.from_lengths([[4, 1, 3]]).fragments
     assert tiles(row, row, causal=True) == (
-        (0, 4, 0, 4, True),
-        (4, 5, 4, 5, False),
-        (5, 8, 5, 8, True),
+        Tile(0, 4, 0, 4, causal=True),
+        Tile(4, 5, 4, 5),
+        Tile(5, 8, 5, 8, causal=True),
+    )
+    assert tiles(row[:1], row[:1], causal=True, window=2) == (
+        Tile(0, 2, 0, 2, causal=True),
+        Tile(2, 3, 1, 2),
+        Tile(2, 4, 2, 4, causal=True),
+    )
+    assert tiles(row[:1], row[:1], causal=True, window=3) == (
+        Tile(0, 3, 0, 3, causal=True),
+        Tile(3, 4, 1, 3),
+        Tile(3, 4, 3, 4),
     )
     queries = (Fragment(6, 10, 10),)
     assert tiles(queries, (Fragment(12, 3, 3),), causal=True) == (
-        (0, 5, 0, 7, False),
-        (0, 5, 7, 12, True),
-        (5, 6, 0, 12, False),
+        Tile(0, 5, 0, 7),
+        Tile(0, 5, 7, 12, causal=True),
+        Tile(5, 6, 0, 12),
     )
-    assert tiles(queries, (Fragment(10, 0, 0),), causal=True) == ((0, 6, 0, 10, False),)
+    assert tiles(queries, (Fragment(10, 0, 0),), causal=True) == (Tile(0, 6, 0, 10),)
     assert tiles(queries, (Fragment(10, 16, 16),), causal=True) == ()
     assert tiles(queries, (Fragment(6, 10, 9),), causal=True) == ()  # another document
 
@@ -233,9 +278,9 @@ def test_tiles():
 def test_tiles_without_the_causal_mask():
     """Order does not matter, so that neighbours of one document are one tile even behind a gap."""
     row = (Fragment(2, 0), Fragment(3, 9, 9), Fragment(1, 20), Fragment(2, 5, 5))
-    assert tiles(row, row[:2], causal=False) == ((0, 5, 0, 5, False), (6, 8, 0, 5, False))
-    assert tiles(row[1:2], row, causal=False) == ((0, 3, 0, 5, False), (0, 3, 6, 8, False))
-    assert tiles(row, row[2:3], causal=False) == ((5, 6, 0, 1, False),)
+    assert tiles(row, row[:2], causal=False) == (Tile(0, 5, 0, 5), Tile(6, 8, 0, 5))
+    assert tiles(row[1:2], row, causal=False) == (Tile(0, 3, 0, 5), Tile(0, 3, 6, 8))
+    assert tiles(row, row[2:3], causal=False) == (Tile(5, 6, 0, 1),)
 
 
 def test_whole_documents_are_one_call():
