@@ -148,7 +148,7 @@ def states_bytes(shape: RecurrenceShape, links: Links, *, size: int) -> Bytes:
 def state_heads_bytes(shape: RecurrenceShape, *, tokens: int, ranks: int, size: int) -> Bytes:
     """Of Ulysses: queries, keys and values in, outputs back; decays and write strengths in fp32
     or wider."""
-    values = 2 * (shape.key_dim + shape.value_dim) * size + (shape.key_dim + 1) * max(size, 4)
+    values = 2 * (shape.key_dim + shape.value_dim) * size + (shape.decays + 1) * max(size, 4)
     one_way = tokens * shape.heads * values * (ranks - 1) // ranks
     return Bytes(one_way, one_way)
 

@@ -49,6 +49,7 @@ class RecurrenceShape:
     heads: int
     key_dim: int
     value_dim: int
+    decays: int  # of one head: as many as key channels, or 1
     transition: int  # values of one head's transition
 
 
@@ -100,13 +101,17 @@ def _latent(
 
 
 def _recurrence(
-    op: LinearRecurrence, found: set, q: Tensor, k: Tensor, v: Tensor, *_, **__
+    op: LinearRecurrence, found: set, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *_, **__
 ) -> Recurrent:
     batch, (heads, key_dim) = len(k), k.shape[2:]
-    transition = prod(op.transition.shape(key_dim))
-    found.add(
-        RecurrenceShape(heads=heads, key_dim=key_dim, value_dim=v.shape[3], transition=transition)
+    shape = RecurrenceShape(
+        heads=heads,
+        key_dim=key_dim,
+        value_dim=v.shape[3],
+        decays=log_decay.shape[3],
+        transition=prod(op.transition.shape(key_dim)),
     )
+    found.add(shape)
     return Recurrent(v.new_empty(v.shape), v.new_empty(batch, heads, key_dim, v.shape[3]))
 
 

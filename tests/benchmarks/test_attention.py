@@ -24,7 +24,7 @@ from tests.benchmarks.conftest import JOB, settings, tiny
 
 LENGTH = 256
 GQA = SoftmaxShape(heads=4, kv_heads=2, dim=16, v_dim=16)  # of the tiny model
-KDA = RecurrenceShape(heads=2, key_dim=16, value_dim=16, transition=256)
+KDA = RecurrenceShape(heads=2, key_dim=16, value_dim=16, decays=16, transition=256)
 
 
 def test_documents_fill_the_row_and_lengthen_from_histogram_to_histogram() -> None:

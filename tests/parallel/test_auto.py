@@ -8,7 +8,7 @@ from parallel.shapes import LatentShape, RecurrenceShape, SoftmaxShape
 GQA = SoftmaxShape(heads=64, kv_heads=8, dim=128, v_dim=128)
 MQA = SoftmaxShape(heads=64, kv_heads=1, dim=128, v_dim=128)
 MLA = LatentShape(heads=32, dim=192, rope=64, v_dim=128, rank=512)
-KDA = RecurrenceShape(heads=32, key_dim=128, value_dim=128, transition=128 * 128)
+KDA = RecurrenceShape(heads=32, key_dim=128, value_dim=128, decays=128, transition=128 * 128)
 LONG, SHORT = 16384, 256
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.ops.conv import ShiftedConv
+from models.ops.decayed_sum import TokenLoopDecayedSum
 from models.ops.delta_rule import TokenLoopDeltaRule
 from models.ops.latent import MaterialisedLatent
 from models.ops.softmax import EinsumSoftmax
@@ -50,7 +51,8 @@ from tests.parallel.ranks import on_ranks
 
 SOFTMAX = SoftmaxShape(heads=8, kv_heads=4, dim=3, v_dim=2)
 LATENT = LatentShape(heads=4, dim=5, rope=2, v_dim=3, rank=6)
-RECURRENCE = RecurrenceShape(heads=4, key_dim=3, value_dim=2, transition=9)
+RECURRENCE = RecurrenceShape(heads=4, key_dim=3, value_dim=2, decays=3, transition=9)
+SUM = RecurrenceShape(heads=4, key_dim=3, value_dim=2, decays=1, transition=1)
 CONV = ConvShape(channels=5, width=4)
 OUTERS: tuple[Outer, ...] = ("ring", "gather")
 SCHEMES: dict[str, dict[str, Callable]] = {
@@ -71,7 +73,8 @@ def inputs(shape: Shape, tokens: int, dtype: torch.dtype) -> list[Tensor]:
             dims = [q, (tokens, shape.rank), (tokens, shape.rope), up]
         case RecurrenceShape():
             k, v = (tokens, shape.heads, shape.key_dim), (tokens, shape.heads, shape.value_dim)
-            dims = [k, k, v, k, (tokens, shape.heads)]
+            heads = (tokens, shape.heads)
+            dims = [k, k, v, (*heads, shape.decays), heads]
         case ConvShape():
             dims = [(tokens, shape.channels), (shape.channels, shape.width)]
     weight = {LatentShape: 3, ConvShape: 1}.get(type(shape))
@@ -138,8 +141,8 @@ def attention(axis: Axis, peers: tuple[Row, ...], *, causal: bool) -> Prediction
 
 
 def predictions(axis: Axis, peers: tuple[Row, ...]) -> Predictions:
-    def of_states(rank):
-        return RECURRENCE, states_bytes(RECURRENCE, planned_links(peers, rank), size=8)
+    def of_states(shape):
+        return lambda rank: (shape, states_bytes(shape, planned_links(peers, rank), size=8))
 
     def of_halo(rank):
         return CONV, halo_bytes(CONV, planned_halo(peers, rank, reach=CONV.width - 1), size=8)
@@ -147,7 +150,8 @@ def predictions(axis: Axis, peers: tuple[Row, ...]) -> Predictions:
     return [
         *attention(axis, peers, causal=True),
         *attention(axis, peers, causal=False),
-        (StatePassing(TokenLoopDeltaRule(), axis=axis), of_states),
+        (StatePassing(TokenLoopDeltaRule(), axis=axis), of_states(RECURRENCE)),
+        (StatePassing(TokenLoopDecayedSum(), axis=axis), of_states(SUM)),
         (HaloExchange(ShiftedConv(), axis=axis), of_halo),
     ]
 
@@ -176,6 +180,11 @@ def check_heads(axis: Axis) -> None:
             UlyssesRecurrence(TokenLoopDeltaRule(), axis=axis),
             RECURRENCE,
             state_heads_bytes(RECURRENCE, **numbers),
+        ),
+        (
+            UlyssesRecurrence(TokenLoopDecayedSum(), axis=axis),
+            SUM,
+            state_heads_bytes(SUM, **numbers),
         ),
     ):
         assert counted(op, axis, shape, info, torch.float32) == expected, op
@@ -214,7 +223,7 @@ def test_kimi_linear_48b() -> None:
     theirs = softmax_bytes(keys, move, size=2)
     assert ours.forward == 7 * 8192 * 576 * 2
     assert theirs.forward / ours.forward == pytest.approx(10_240 / 576)
-    states = RecurrenceShape(heads=32, key_dim=128, value_dim=128, transition=128 * 128)
+    states = RecurrenceShape(heads=32, key_dim=128, value_dim=128, decays=128, transition=128 * 128)
     assert states_bytes(states, links(2), size=2).forward == 4 * 2**20
 
 
@@ -223,6 +232,7 @@ def test_shapes_are_those_of_the_operations() -> None:
         SOFTMAX: EinsumSoftmax(),
         LATENT: MaterialisedLatent(EinsumSoftmax()),
         RECURRENCE: TokenLoopDeltaRule(),
+        SUM: TokenLoopDecayedSum(),
         CONV: ShiftedConv(),
     }
     info = SequenceInfo.from_lengths([[6]])
