@@ -24,6 +24,9 @@ MODEL = [
     "mixer.mla.nope_dim=8",
     "mixer.mla.rope_dim=4",
     "mixer.mla.v_dim=8",
+    *(f"mixer.{name}.num_heads=2" for name in ("gdn", "mamba2", "lightning")),
+    *(f"mixer.{name}.head_dim=8" for name in ("gdn", "mamba2", "lightning")),
+    "mixer.mamba2.state_dim=8",
 ]
 
 
