@@ -1,0 +1,86 @@
+"""Every mixer of conf/mixer under every scheme: outputs and all gradients are those of one rank."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from models.mixer import Mixer
+from models.sequence import SequenceOp
+from parallel.collectives import Axis
+from parallel.context import apply_context_parallel, build_schemes
+from tests.models.build import MIXERS, make_mixer
+from tests.parallel.layouts import Row, cases, local, rank_info, whole
+from tests.parallel.ranks import on_ranks
+from tests.parallel.test_softmax_schemes import two_axes
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in MIXERS),
+    ("gqa", {"window": 5}),
+    ("gdn", {"num_key_heads": 2, "head_dim": 8}),
+    ("mamba2", {"num_kv_heads": 2, "num_groups": 4, "state_dim": 8}),
+]
+SCHEMES = (  # softmax and latent, recurrence
+    ("ring", "state_passing"),
+    ("gather", "ulysses"),
+    ("ulysses", "state_passing"),
+    ("usp", "ulysses"),
+)
+Schemes = dict[type[SequenceOp], Callable[[SequenceOp], SequenceOp]]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_every_mixer_equals_one_rank(ranks):
+    on_ranks(ranks, check_mixers)
+
+
+def check_mixers(axis: Axis) -> None:
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
+    every = list(schemes(axis))
+    for i, (name, options) in enumerate(CASES):
+        for j, (case, peers) in enumerate(cases(axis.ranks)):
+            if (i + j) % 3 or not fits(peers, make_mixer(name).token_multiple):
+                continue  # the next mixers have that one
+            found = error(name, options, every[(i + j // 3) % len(every)], peers, axis)
+            assert found < 1e-10, (name, options, case, SCHEMES[(i + j // 3) % len(every)], found)
+
+
+def schemes(axis: Axis) -> Iterator[Schemes]:
+    ulysses, ring = two_axes(axis, 2 if axis.ranks == 4 else axis.ranks)
+    axes = {"context": axis, "ulysses": ulysses, "ring": ring}
+    for attention, recurrence in SCHEMES:
+        names: dict[str, Any] = {"softmax": attention, "latent": attention}
+        names |= {"recurrence": recurrence, "scan_ranks": 3, "outer": "ring"}
+        yield build_schemes(**axes, **names)
+
+
+def fits(peers: tuple[Row, ...], multiple: int) -> bool:
+    return all(fragment.length % multiple == 0 for row in peers for fragment in row)
+
+
+def error(
+    name: str, options: dict[str, Any], chosen: Schemes, peers: tuple[Row, ...], axis: Axis
+) -> float:
+    """Largest difference of output and gradients on this rank, relative to the largest entry."""
+    everything, info = whole(peers), rank_info(peers, axis.rank)
+    generator = torch.Generator().manual_seed(3)
+    x, weight = torch.randn(2, 1, everything.shape[1], 24, generator=generator).double()
+    single, shared = make_mixer(name, **options), make_mixer(name, **options)
+    holder = nn.ModuleDict({"mixer": shared})
+    apply_context_parallel(holder, chosen)
+    expected = results(single, x.requires_grad_(), weight, everything)
+    got = results(shared, local(x, info), local(weight, info), info)
+    pairs = [(got[i], expected[i][:, info.index[0]], expected[i]) for i in range(2)]
+    for mine, theirs in zip(got[2:], expected[2:], strict=True):
+        dist.all_reduce(mine)
+        pairs.append((mine, theirs, theirs))
+    return max(((a - b).abs().amax() / c.abs().amax().clamp(min=1e-6)).item() for a, b, c in pairs)
+
+
+def results(mixer: Mixer, x: Tensor, weight: Tensor, info: Any) -> list[Tensor]:
+    """Output, and the gradients of the input and of every parameter."""
+    output = mixer(x, info)
+    return [output, *torch.autograd.grad((output * weight).sum(), [x, *mixer.parameters()])]
