@@ -98,7 +98,7 @@ class StaticRouter(nn.Module):
     def __init__(self, *, num_heads: int, share: float, strided: bool) -> None:
         super().__init__()
         if not 0 <= share <= 1:
-            raise ValueError(f"share is {share}; it must be 0 to 1")
+            raise ValueError(f"static_share is {share}; it must be 0 to 1")
         self.num_heads, self.share, self.strided = num_heads, share, strided
         self.register_buffer("salt", torch.zeros((), dtype=torch.int64))
 

@@ -28,6 +28,7 @@ from trainer.guard import Fault, Guard
 from trainer.loader import Loader, Prepared
 from trainer.metrics import Record, peak_memory_gib
 from trainer.sharder import digest
+from trainer.shares import softmax_shares
 from trainer.signals import StopSignals
 
 log = logging.getLogger(__name__)
@@ -151,10 +152,11 @@ class Trainer:
                 return None
         self.step += 1
         rate = self.learning_rate(self.step)
+        shares: Record = {}
         if fault is None:
             self.store.wait_staged()
             self.engine.step(rate)
-            self._balance_experts()
+            shares = self._balance_routers()
         seconds = time.perf_counter() - start
         record: Record = {
             "step": self.step,
@@ -167,6 +169,7 @@ class Trainer:
             "seconds": seconds,
             "data_wait": waited / seconds,
             "epoch": epoch,
+            **shares,
         }
         if fault is not None:
             record["skipped"] = True
@@ -308,16 +311,18 @@ class Trainer:
         self.stopped_by = next(name for name in signals if name)
         log.info("%s: stopping behind step %d", self.stopped_by, self.step)
 
-    def _balance_experts(self) -> None:
+    def _balance_routers(self) -> Record:
+        """Moves the routers' biases by the loads of the step; -> the shares these are."""
         routers = self.engine.model.routers()
         if not routers:
-            return
+            return {}
         counts = torch.cat([router.counts for router in routers])
         sum_over_ranks(counts, self.mesh.group)
-        parts = counts.split([len(router.counts) for router in routers])
-        for router, part in zip(routers, parts, strict=True):
-            router.update_bias(part, self.router_bias_rate)
+        loads = dict(zip(routers, counts.split([len(r.counts) for r in routers]), strict=True))
+        for router, load in loads.items():
+            router.update_bias(load, self.router_bias_rate)
             router.counts.zero_()
+        return softmax_shares(self.engine.model, loads)
 
     def _report(
         self, fault: Fault, loss: float, norm: float, batches: list[Batch], losses: Tensor

@@ -156,12 +156,12 @@ class NeuralAttentionSearch(Mixer):
             q, k = self.rope(q, info), self.rope(k, info)
         keep = keep.repeat_interleave(self.softmax_heads // self.num_heads, dim=-1)
         past = None
-        if cache is not None and "kept_index" in cache:
-            past = RoutedKeys(cache["kept_k"], cache["kept_v"], cache["kept_index"])
+        if cache is not None and "kept_start" in cache:
+            past = RoutedKeys(cache["kept_k"], cache["kept_v"], cache["kept_start"])
         y = self.attention(q, k, v, grid.spread(keep), info, past=past)
         if cache is not None:
             kept = remember(past, k, v, keep, grid)
-            cache["kept_k"], cache["kept_v"], cache["kept_index"] = kept
+            cache["kept_k"], cache["kept_v"], cache["kept_start"] = kept
         return y
 
     def _recur(

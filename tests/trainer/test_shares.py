@@ -1,0 +1,39 @@
+"""What the metrics say of routed layers, and the budget that a bias holds them to."""
+
+import pytest
+
+from tests.trainer.tiny import build
+
+NATS_L = [
+    "model=nats_l",
+    "model.pattern=[kda,nats_l]",
+    "mixer.nats_l.head_dim=8",
+    "mixer.nats_l.chunk=8",
+    "trainer.router_bias_rate=0.25",
+]
+HEADS = [f"softmax_share/{layer}/{head}" for layer in (1, 3) for head in (0, 1)]
+
+
+def test_shares_are_those_of_the_valid_tokens_of_a_step(tmp_path):
+    trainer = build(tmp_path, *NATS_L, "mixer.nats_l.softmax_target=0.9")
+    layers = trainer.engine.model.layers
+    routers, counted = [layers[i].mixer.router for i in (1, 3)], []
+    for router in routers:
+        update = router.update_bias
+        router.update_bias = lambda counts, rate, update=update: (
+            counted.append(counts.unflatten(0, (2, 2)).clone()),
+            update(counts, rate),
+        )
+    batches = trainer.loader.stream.next_step()
+    trainer.loader.stream.restore(build(tmp_path).loader.stream.state())
+    record = trainer.train_step()
+    shares = [float(kept / (kept + written)) for x in counted for kept, written in x.tolist()]
+    assert [record[head] for head in HEADS] == pytest.approx(shares)
+    assert record["softmax_share"] == pytest.approx(sum(shares) / 4)
+    valid = sum(int(batch.info.valid.sum()) for batch in batches)
+    assert [x.sum(1).tolist() for x in counted] == 2 * [[valid, valid]]
+    assert [float(router.bias) for router in routers] == [0.25, 0.25]
+
+
+def test_other_models_have_no_shares(tmp_path):
+    assert "softmax_share" not in build(tmp_path).train_step()
