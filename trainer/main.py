@@ -41,6 +41,7 @@ from trainer.evaluate import run_task, take_over, trained_with
 from trainer.generation import write_text
 from trainer.load import take_model
 from trainer.prepare_data import prepare_or_inspect
+from trainer.routing_map import write_map
 from trainer.run_folder import session, write_whole
 from trainer.sensitivity import measure
 from trainer.settings import Settings, Start
@@ -261,6 +262,12 @@ def generate(config: dict[str, Any]) -> None:
     for text in call(write_text, config, ""):
         print(text, end="", flush=True)
     print()
+
+
+def inspect_routing(config: dict[str, Any]) -> None:
+    """Writes a map of a text's chunks, and prints the share that every head keeps."""
+    for line in call(write_map, config, ""):
+        print(line)
 
 
 def convert(config: dict[str, Any]) -> None:

@@ -99,7 +99,7 @@ def _write_native(
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    if dtype is None:
+    if dtype is None or not tensor.is_floating_point():
         return tensor
     return tensor.to(torch.float32 if name.endswith(_ALWAYS_FP32) else dtype)
 

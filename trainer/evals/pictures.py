@@ -1,6 +1,6 @@
 """Figures as PNG files; matplotlib is imported where one is drawn, and needs no display."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,25 @@ def draw_heat_map(
         ink = "black" if 0.15 < share < 0.85 else "white"  # the ends of the colours are dark
         axes.text(j, i, f"{share:.0%}", ha="center", va="center", fontsize=8, color=ink)
     axes.set(title=title, xlabel="tokens", ylabel="depth")
+    _save(figure, path)
+
+
+def draw_routing(path: Path, layers: Mapping[int, NDArray]) -> None:
+    """By layer, kept [heads, chunks] bool: a row of cells for every head, dark where it keeps."""
+    widest = max(kept.shape[1] for kept in layers.values())
+    rows = sum(len(kept) for kept in layers.values())
+    figure, axes = _axes(min(16.0, 2.0 + 0.12 * widest), 1.2 + 0.18 * rows)
+    cells = np.full((rows, widest), np.nan)
+    names, row = [], 0
+    for layer, kept in layers.items():
+        repeats = -(-widest // kept.shape[1])  # where chunks are longer, a cell is wider
+        for head, places in enumerate(kept):
+            cells[row] = places.repeat(repeats)[:widest]
+            names.append(f"{layer}.{head}: {places.mean():.0%}")
+            row += 1
+    axes.imshow(cells, cmap="Greys", vmin=0.0, vmax=1.4, aspect="auto", interpolation="nearest")
+    axes.set_yticks(range(rows), names, fontsize=7)
+    axes.set(title="chunks kept for softmax attention", xlabel="chunk", ylabel="layer.head: share")
     _save(figure, path)
 
 
