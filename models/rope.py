@@ -97,15 +97,15 @@ class Rope(nn.Module):
     def forward(self, x: Tensor, info: SequenceInfo) -> Tensor:
         with full_precision(x):
             wide = widen(x)
-            turns = info.positions.unsqueeze(-1) * self._radians(wide)
+            turns = info.positions.unsqueeze(-1) * self.radians(wide)
             angles = turns.unsqueeze(2)  # [B, S, 1, dim / 2]
             cos, sin = angles.cos(), angles.sin()
             first, second = wide.chunk(2, dim=-1)
             rotated = [first * cos - second * sin, second * cos + first * sin]
             return torch.cat(rotated, dim=-1).to(x.dtype)
 
-    def _radians(self, like: Tensor) -> Tensor:
-        """[dim / 2], a token."""
+    def radians(self, like: Tensor) -> Tensor:
+        """[dim / 2], a token, in the dtype and on the device of `like`."""
         if self.frequencies is not None:
             return torch.tensor(self.frequencies, dtype=like.dtype, device=like.device)
         assert self.base is not None

@@ -1,4 +1,5 @@
-"""Converts weights: python scripts/convert.py source=DIR target=DIR format=hf|native."""
+"""Converts weights: python scripts/convert.py source=DIR target=DIR format=hf|native, or
+recipe=transmla and the like, see conf/recipe."""
 
 import sys
 from pathlib import Path

@@ -48,6 +48,7 @@ from trainer.settings import Settings, Start
 from trainer.signals import EXIT_STOPPED, StopSignals, end_with_launcher
 from trainer.slurm import job as slurm
 from trainer.train_tokenizer import write_tokenizer
+from trainer.upcycle import upcycle
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 FLAGS = {"--inspect": "inspect=true"}  # a word for what is a key like any other
@@ -272,7 +273,15 @@ def inspect_routing(config: dict[str, Any]) -> None:
 
 def convert(config: dict[str, Any]) -> None:
     """Prints the folder that was written."""
-    print(call(write_weights, config, ""))
+    recipe = config.pop("recipe", None)
+    data = config.pop("data")
+    if recipe is None:
+        print(call(write_weights, config, ""))
+        return
+    if config.pop("format") not in (None, "native"):
+        raise ConfigError("format=hf: recipes write native folders; allowed: native, or null")
+    configure_logging(main=True, stream=sys.stderr)
+    print(call(upcycle, config | {"recipe": recipe, "data": data}, ""))
 
 
 def prepare_data(config: dict[str, Any]) -> None:

@@ -44,6 +44,11 @@ def shortest_pattern(layers: list[str]) -> list[str]:
     return layers
 
 
+def settings_of(section: Config, mixer: type[Mixer]) -> Config:
+    """All keywords of a mixer of this class: those its section gives, and the defaults."""
+    return defaults(mixer) | {k: v for k, v in section.items() if not k.startswith("_")}
+
+
 def shared_keywords(
     config: Config, mixer: type[Mixer], *, held: Collection[str], fixed: Config
 ) -> tuple[set[str], Config]:
@@ -54,12 +59,10 @@ def shared_keywords(
     """
     used = dict.fromkeys(layer_mixers(config["model"]))
     names = [name for name in used if config["mixer"][name]["_target_"] == target(mixer)]
-    own = defaults(mixer)
-    only = {keyword: x for keyword, x in (own | fixed).items() if keyword not in held}
+    only = {k: x for k, x in (defaults(mixer) | fixed).items() if k not in held}
     shared: Config = {}
     for name in names:
-        given = {k: v for k, v in config["mixer"][name].items() if not k.startswith("_")}
-        settings = own | given
+        settings = settings_of(config["mixer"][name], mixer)
         for keyword, allowed in only.items():
             if settings[keyword] != allowed:
                 raise ValueError(

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Protocol
 
-from models.checkpoints import kimi_linear, longhaul, mamba2
+from models.checkpoints import deepseek_v3, kimi_linear, longhaul, mamba2
 from models.checkpoints.config import Config
 from models.checkpoints.llama import LLAMA, QWEN2, QWEN3
 from models.checkpoints.table import KeyTable
@@ -20,6 +20,7 @@ class Family(Protocol):
 
 FAMILIES: dict[str, Family] = {
     "kimi_linear": kimi_linear,
+    "deepseek_v3": deepseek_v3,
     "llama": LLAMA,
     "mamba2": mamba2,
     "qwen2": QWEN2,

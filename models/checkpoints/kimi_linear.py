@@ -19,6 +19,7 @@ from models.checkpoints.config import (
     shortest_pattern,
     target,
 )
+from models.checkpoints.mla import MLA_FIELDS, mla_table
 from models.checkpoints.table import Entry, KeyTable, Part, rows, same, swiglu
 from models.mixers.kda import KimiDeltaAttention
 from models.mixers.mla import MultiHeadLatentAttention
@@ -33,14 +34,6 @@ KDA_OUTSIDE = {
     "num_heads": "linear_num_heads",
     "head_dim": "linear_head_dim",
     "short_conv_kernel_size": "linear_conv_kernel_dim",
-}
-MLA_FIELDS = {
-    "num_heads": "num_attention_heads",
-    "kv_rank": "kv_lora_rank",
-    "nope_dim": "qk_nope_head_dim",
-    "rope_dim": "qk_rope_head_dim",
-    "v_dim": "v_head_dim",
-    "q_rank": "q_lora_rank",
 }
 MOE_FIELDS = {
     "num_experts": "num_experts",
@@ -120,7 +113,11 @@ def key_table(config: Config) -> KeyTable:
         layer = {
             "mixer_norm.weight": same(f"{theirs}.input_layernorm.weight", (d_model,)),
             "ffn_norm.weight": same(f"{theirs}.post_attention_layernorm.weight", (d_model,)),
-            **(_kda(attention, d_model, kda) if kind == "kda" else _mla(attention, d_model, mla)),
+            **(
+                _kda(attention, d_model, kda)
+                if kind == "kda"
+                else mla_table(attention, d_model, mla, interleaved=False)
+            ),
         }
         if i < _dense_layers(model):
             layer |= swiglu("ffn", f"{theirs}.mlp", d_model, model["ffn"]["hidden"])
@@ -151,27 +148,6 @@ def _kda(theirs: str, d_model: int, kda: Config) -> KeyTable:
         "mixer.gate_up.weight": same(f"{theirs}.g_b_proj.weight", (inner, dim)),
         "mixer.out_norm.weight": same(f"{theirs}.o_norm.weight", (dim,)),
         "mixer.out_proj.weight": same(f"{theirs}.o_proj.weight", (d_model, inner)),
-    }
-
-
-def _mla(theirs: str, d_model: int, mla: Config) -> KeyTable:
-    heads, rank, q_rank = mla["num_heads"], mla["kv_rank"], mla["q_rank"]
-    q_width = heads * (mla["nope_dim"] + mla["rope_dim"])
-    shapes = {
-        "kv_down": ("kv_a_proj_with_mqa", (rank + mla["rope_dim"], d_model)),
-        "kv_norm": ("kv_a_layernorm", (rank,)),
-        "kv_up": ("kv_b_proj", (heads * (mla["nope_dim"] + mla["v_dim"]), rank)),
-        "out_proj": ("o_proj", (d_model, heads * mla["v_dim"])),
-    }
-    if q_rank is None:
-        shapes["q_proj"] = ("q_proj", (q_width, d_model))
-    else:
-        shapes["q_down"] = ("q_a_proj", (q_rank, d_model))
-        shapes["q_norm"] = ("q_a_layernorm", (q_rank,))
-        shapes["q_up"] = ("q_b_proj", (q_width, q_rank))
-    return {
-        f"mixer.{ours}.weight": same(f"{theirs}.{name}.weight", shape)
-        for ours, (name, shape) in shapes.items()
     }
 
 

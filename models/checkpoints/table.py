@@ -1,7 +1,7 @@
 """Key tables: where the numbers of a tensor of ours lie in the tensors of a published checkpoint.
 
-Every published tensor is a slice of one of ours, reshaped. Nothing else happens on the way, so
-the same table reads and writes, and a round trip is exact.
+Every published tensor is a slice of one of ours, reshaped, some with their rows in another order.
+Nothing else happens on the way, so the same table reads and writes, and a round trip is exact.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,11 +14,15 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Part:
-    """A published tensor and its place in ours; `where` () is all of it."""
+    """A published tensor and its place in ours; `where` () is all of it.
+
+    rows: in that place, the row at which each published one lies; None: in order.
+    """
 
     name: str
     shape: Shape
     where: tuple[int | slice, ...] = ()
+    rows: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Entry:
         Raises ValueError if their dtypes differ: one of them would be rounded.
         """
         first = get(self.parts[0].name)
-        if len(self.parts) == 1:
+        if len(self.parts) == 1 and self.parts[0].rows is None:
             return first.reshape(self.shape)
         whole = first.new_empty(self.shape)
         for part in self.parts:
@@ -45,13 +49,17 @@ class Entry:
                     "parts of one tensor must have one dtype"
                 )
             target = whole[part.where]
-            target.copy_(piece.reshape(target.shape))
+            order = slice(None) if part.rows is None else list(part.rows)
+            target[order] = piece.reshape(target.shape)
         return whole
 
     def split(self, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The published tensors by name: views of ours."""
+        """The published tensors by name: views of ours, but for those in another order."""
         for part in self.parts:
-            yield part.name, tensor[part.where].reshape(part.shape)
+            piece = tensor[part.where]
+            if part.rows is not None:
+                piece = piece[list(part.rows)]
+            yield part.name, piece.reshape(part.shape)
 
 
 KeyTable = dict[str, Entry]  # by the name that the tensor has with us

@@ -32,11 +32,11 @@ OPS = (
 REFERENCE = Ops(**dict.fromkeys(OPS, "reference"))
 
 
-def compose(overrides: list[str]) -> dict:
+def compose(overrides: list[str], command: str = "train") -> dict:
     """The resolved configuration of a command line, whose keys all exist."""
     choices = [word for word in overrides if (CONF / word.partition("=")[0]).is_dir()]
     values = [word for word in overrides if word not in choices]
-    config = copy.deepcopy(composed(*choices))
+    config = copy.deepcopy(composed(command, *choices))
     for override in OverridesParser.create().parse_overrides(values):
         key = override.key_or_group
         OmegaConf.update(config, key, override.value(), force_add=override.is_add())
@@ -44,11 +44,11 @@ def compose(overrides: list[str]) -> dict:
 
 
 @functools.cache
-def composed(*choices: str) -> DictConfig:
+def composed(command: str, *choices: str) -> DictConfig:
     """With groups chosen and no value changed, which takes Hydra a third of a second."""
     register_groups()
     with hydra.initialize_config_dir(str(CONF), version_base=None):
-        return hydra.compose("train", list(choices))
+        return hydra.compose(command, list(choices))
 
 
 def make_model(overrides: list[str], *, device: str = "meta") -> HybridLM:

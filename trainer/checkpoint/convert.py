@@ -1,7 +1,9 @@
 """Weights from any of our sources into a Hugging Face folder or a native one."""
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +22,7 @@ from trainer.errors import ConfigError, naming
 Format = Literal["hf", "native"]
 Dtype = Literal["bf16", "fp32"]
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Decays and the router's correction, which every published checkpoint keeps in fp32.
 _ALWAYS_FP32 = (
     *(".decay.gate.log_rate", ".decay.gate.bias", ".router.bias"),
@@ -48,26 +50,44 @@ def convert(
     None keeps what the source has. max_shard_gb: size of a file, 10^9 bytes. In memory are at most
     two files' worth of tensors and the largest tensor, twice while it is cast. Raises ConfigError.
     """
+    with new_folder(target) as folder:
+        with naming("source", source):
+            weights = open_weights(Path(source))
+        write = _write_hugging_face if format == "hf" else _write_native
+        try:
+            write(
+                weights, folder, dtype=dtype and DTYPES[dtype], max_bytes=shard_bytes(max_shard_gb)
+            )
+        except ValueError as error:
+            raise ConfigError(f"source={source}: {error}") from None
+        copy_tokenizer(weights.tokenizer_folder, folder)
+    return Path(target)
+
+
+@contextlib.contextmanager
+def new_folder(target: str) -> Iterator[Path]:
+    """A folder to write into, which gets the name `target` when all has gone well.
+
+    Raises ConfigError if that exists.
+    """
     path = Path(target)
     if path.exists():
         raise ConfigError(f"target={target}: exists already; allowed: a new folder")
-    if max_shard_gb <= 0:
-        raise ConfigError(f"max_shard_gb={max_shard_gb}: allowed: above 0")
-    with naming("source", source):
-        weights = open_weights(Path(source))
     staging = path.parent / f".{path.name}"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
-        write = _write_hugging_face if format == "hf" else _write_native
-        write(weights, staging, dtype=dtype and _DTYPES[dtype], max_bytes=max_shard_gb * 1e9)
-        _copy_tokenizer(weights.tokenizer_folder, staging)
+        yield staging
         staging.rename(path)
-    except ValueError as error:
-        raise ConfigError(f"source={source}: {error}") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return path
+
+
+def shard_bytes(max_shard_gb: float) -> float:
+    """Of a file. Raises ConfigError."""
+    if max_shard_gb <= 0:
+        raise ConfigError(f"max_shard_gb={max_shard_gb}: allowed: above 0")
+    return max_shard_gb * 1e9
 
 
 def _write_hugging_face(
@@ -80,7 +100,7 @@ def _write_hugging_face(
     tensors = (
         part
         for name, entry in table.items()
-        for part in entry.split(_cast(name, weights.get(name), dtype))
+        for part in entry.split(cast(name, weights.get(name), dtype))
     )
     write_shards(folder, tensors, max_bytes=max_bytes)
     stored = dtype or weights.get("norm.weight").dtype
@@ -93,18 +113,19 @@ def _write_hugging_face(
 def _write_native(
     weights: WeightSource, folder: Path, *, dtype: torch.dtype | None, max_bytes: float
 ) -> None:
-    tensors = ((name, _cast(name, weights.get(name), dtype)) for name in weights.shapes)
+    tensors = ((name, cast(name, weights.get(name), dtype)) for name in weights.shapes)
     write_shards(folder, tensors, max_bytes=max_bytes)
     (folder / "config.yaml").write_text(yaml.safe_dump(weights.config, sort_keys=False))
 
 
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+def cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """To be stored as `dtype`; None: as it is."""
     if dtype is None or not tensor.is_floating_point():
         return tensor
     return tensor.to(torch.float32 if name.endswith(_ALWAYS_FP32) else dtype)
 
 
-def _copy_tokenizer(source: Path | None, target: Path) -> None:
+def copy_tokenizer(source: Path | None, target: Path) -> None:
     if source is None:
         return
     for pattern in _TOKENIZER_FILES:

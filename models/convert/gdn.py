@@ -1,0 +1,34 @@
+"""Softmax attention into Gated DeltaNet: queries, keys, values and output as they are."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from models.checkpoints.config import Config, target
+from models.convert.converted import Converted
+from models.convert.forms import repeat_heads
+from models.convert.linear import Taps, read_source, rows, set_taps
+from models.mixers.gdn import GatedDeltaNet
+
+
+def to_gdn(section: Config, tensors: Mapping[str, Tensor], taps: Taps) -> Converted:
+    """section, tensors: of grouped-query attention, whose key heads are repeated."""
+    attention, norm_eps, dropped = read_source(section, tensors)
+    key, value = (repeat_heads(x, attention.group) for x in (attention.key, attention.value))
+
+    @torch.no_grad()
+    def fill(mixer: GatedDeltaNet) -> None:
+        mixer.qkv_proj.weight.copy_(torch.cat([rows(x) for x in (attention.query, key, value)]))
+        mixer.out_proj.weight.copy_(attention.out)
+        set_taps(mixer.conv_weight, taps)
+
+    made = {
+        "_target_": target(GatedDeltaNet),
+        "_partial_": True,
+        "num_heads": len(attention.query),
+        "head_dim": attention.head_dim,
+        "expand_v": 1.0,
+        "norm_eps": norm_eps,
+    }
+    return Converted(made, fill, dropped=dropped)
