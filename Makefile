@@ -28,7 +28,7 @@ test: install
 
 # Every engine on every topology, of which `make test` has a part; prints how far apart they were.
 test-matrix: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m matrix -rP
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m matrix -rP --show-capture=stdout
 
 check: install
 	$(BIN)/ruff format --check .

@@ -119,6 +119,7 @@ def _run(environment: dict[str, str], file: Path, module: str, arguments: tuple[
         with file.with_suffix(f".{descriptor}").open("w") as output:
             os.dup2(output.fileno(), descriptor)
     code = 1
+    FORKSERVER.set_forkserver_preload(["trainer.loader"])  # of its own, for loading processes
     try:
         os.environ |= environment
         torch.set_num_threads(1)

@@ -1,7 +1,9 @@
 """suite=attention: packings, inputs that no layout changes, and rows from real ranks."""
 
 import dataclasses
+import json
 import statistics
+import tempfile
 from typing import get_args
 
 import pytest
@@ -21,6 +23,7 @@ from parallel.layout import plan_layout
 from parallel.plans import merged
 from parallel.shapes import RecurrenceShape, SoftmaxShape
 from tests.benchmarks.conftest import JOB, settings, tiny
+from tests.launch import forked
 
 LENGTH = 256
 GQA = SoftmaxShape(heads=4, kv_heads=2, dim=16, v_dim=16)  # of the tiny model
@@ -74,16 +77,28 @@ def test_padding_has_no_gradient() -> None:
     assert x.grad is not None and x.grad[0, :, 0].tolist() == [4, 4, 0]
 
 
-def suite_rows(monkeypatch: pytest.MonkeyPatch, **changed) -> list[Row]:
-    """Of a run whose measurements on one rank are in this process, the others in their own."""
+def suite_rows(monkeypatch: pytest.MonkeyPatch, *, torchrun: bool = False, **changed) -> list[Row]:
+    """Of a run whose measurements on one rank are in this process, the others in their own, which
+    are forked, or torchrun starts as ever."""
     launch = Job.run
 
     def run(job: Job, timeout: float) -> Row:
-        return worker.run(job) if job.ranks == 1 else launch(job, timeout)
+        if job.ranks == 1:
+            return worker.run(job)
+        return launch(job, timeout) if torchrun else on_forked_ranks(job)
 
     monkeypatch.setattr(Job, "run", run)
     some = settings(suite="attention", lengths=[LENGTH], **changed)
     return list(attention.rows(some, {"tiny": tiny()}, job=JOB, matmul={}))
+
+
+def on_forked_ranks(job: Job) -> Row:
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(dataclasses.asdict(job), file)
+        file.flush()
+        main, *_ = forked(job.ranks, "tests.script", "benchmarks/worker.py", file.name)
+    assert main.returncode == 0, main.stderr
+    return json.loads(main.stdout.splitlines()[-1])
 
 
 def test_every_part_on_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,5 +180,5 @@ def test_ratios_are_to_one_rank() -> None:
 
 def test_a_rank_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.attention.SCHEMES", {"softmax": ("state_passings",)})
-    rows = suite_rows(monkeypatch, schemes=["state_passings"])
+    rows = suite_rows(monkeypatch, torchrun=True, timeout=200, schemes=["state_passings"])
     assert rows[-1]["note"] == "failed: KeyError: 'state_passings'"

@@ -11,7 +11,7 @@ from benchmarks.rates import Rate, outliers
 from benchmarks.surroundings import differences, variables
 from parallel.collectives import Axis
 from parallel.mesh import Mesh
-from tests.launch import torchrun
+from tests.launch import forked
 from tests.parallel.ranks import on_ranks
 from trainer.errors import TrainingError
 
@@ -30,8 +30,10 @@ SETTINGS = preflight.Settings(
 
 def test_two_ranks_print_a_table_and_one_json_object(tmp_path):
     options = ["matmul_size=64", "memory_mib=1", "sizes=[64,4096]", "repeats=2"]
-    run = torchrun(2, "scripts/preflight.py", *options, f"output={tmp_path / 'rates.json'}")
-    lines = run.stdout.splitlines()
+    options.append(f"output={tmp_path / 'rates.json'}")
+    main, other = forked(2, "tests.script", "scripts/preflight.py", *options)
+    assert (main.returncode, other.returncode, other.stdout) == (0, 0, ""), main.stderr
+    lines = main.stdout.splitlines()
     assert lines[0].startswith("2 ranks on ")
     result = json.loads(lines[-1])
     assert json.loads((tmp_path / "rates.json").read_text()) == result

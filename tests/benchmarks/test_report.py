@@ -1,15 +1,13 @@
 """Tables, files, options, and the command line."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from benchmarks import report
-from benchmarks.job import ROOT
 from benchmarks.report import Column
 from tests.benchmarks.conftest import settings
+from tests.launch import alone
 
 
 def test_columns_line_up_and_empty_ones_go() -> None:
@@ -35,8 +33,7 @@ def test_options_out_of_range(changed) -> None:
 
 
 def test_unknown_suite_exits_with_2_and_lists_the_suites() -> None:
-    command = [sys.executable, "scripts/benchmark.py", "suite=speed"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = alone("tests.script", "scripts/benchmark.py", "suite=speed")
     assert done.returncode == 2
     line = "error: suite=speed: allowed: train, mixers, attention, checkpoint, activations\n"
     assert done.stderr == line and not done.stdout

@@ -1,7 +1,6 @@
 """Starts, kills and restarts tiny runs, and holds every restart to the uninterrupted run."""
 
 import json
-import multiprocessing
 import random
 import shutil
 import signal
@@ -20,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 
 from tests.kills import child
 from tests.kills.child import POINTS, RANDOM, Kill
-from tests.launch import places
+from tests.launch import FORKSERVER, places
 from tests.trainer.tiny import config as tiny_config
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.shards import TensorReader
@@ -31,8 +30,6 @@ KILLS_PER_RUN = 5  # then it is left to reach its end
 MISSES = 5  # in a row, e.g. where a run has too few saves ahead of it
 MANY = 100  # trials, a quarter of them at random times
 PATIENCE = 60.0  # seconds until a start counts as hanging
-
-_CONTEXT = multiprocessing.get_context("forkserver")
 
 
 class Broken(AssertionError):
@@ -71,8 +68,6 @@ class Harness:
         options = [*small, f"trainer.steps={STEPS}", f"checkpoint.every={EVERY}"]
         options += ["parallel.timeout_minutes=1"]
         self._config = tiny_config(folder, *options, *overrides)
-        engine, _, _ = self._config["engine"]["_target_"].rpartition(".")
-        _CONTEXT.set_forkserver_preload(["tests.kills.child", engine])
         self._run_dir = folder / "reference"
         self._start(None)
         self._reference = _records(self._run_dir)
@@ -151,7 +146,7 @@ class Harness:
         self._config["run_dir"] = str(self._run_dir)
         newest = self._newest_step()
         processes = [
-            _CONTEXT.Process(target=child.run, args=(folder, place, self._config, kill))
+            FORKSERVER.Process(target=child.run, args=(folder, place, self._config, kill))
             for place in places(self.ranks)
         ]
         for process in processes:

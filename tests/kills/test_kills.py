@@ -1,22 +1,8 @@
-"""The short form; README tells of the long one. A process of its own: it preloads its ranks."""
+"""The short form; README tells of the long one."""
 
-import json
-import os
-import subprocess
-import sys
-
-from tests.launch import ROOT
+from tests.kills.harness import Harness
 
 
-def test_twenty_kills_change_nothing():
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.kills", "ranks=2", "trials=20"],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    report = json.loads(run.stdout.splitlines()[-1])
-    assert report["total"] == 20 and report["runs_ended_alike"] >= 4
+def test_kills_at_every_point_in_either_mode_change_nothing(tmp_path):
+    report = Harness(tmp_path, ranks=2, overrides=["data.batch_size=2"]).run(16)
+    assert sum(report.kills.values()) == 16 and report.runs_ended_alike >= 4

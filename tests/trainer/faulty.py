@@ -1,4 +1,4 @@
-"""Trains with faults at chosen places, under any launcher: -m tests.trainer.faulty FOLDER < JOBS.
+"""Trains with faults at chosen places, run on ranks or under a launcher: -m this FOLDER JOBS.
 
 JOBS is the text of a JSON list, each entry of which has the `overrides` of a job and its `faults`.
 A fault is [rank, class, method, call, what]: what befalls the rank when it calls the method for
@@ -18,7 +18,7 @@ from unittest import mock
 
 from parallel import mesh as meshes
 from tests.models.build import compose
-from trainer import main
+from trainer import main as commands
 from trainer.checkpoint.store import CheckpointStore
 from trainer.data import TrainStream
 from trainer.engine import Engine
@@ -67,22 +67,24 @@ def faulty(work: Callable, call: int, what: str, folder: Path, rank: int) -> Cal
     return faulty
 
 
-def run(folder: Path, jobs: list[dict]) -> None:
-    for i, job in enumerate(jobs):
+def main(where: str, jobs: str) -> None:
+    end_with_launcher()
+    meshes.FAILURE_SECONDS = 1.0
+    folder = Path(where)
+    for i, job in enumerate(json.loads(jobs)):
         code = 0
         with inject(job["faults"], folder):
             try:
-                with main.exit_codes("train"):
-                    main.train(compose(job["overrides"]))
+                with commands.exit_codes("train"):
+                    commands.train(compose(job["overrides"]))
             except SystemExit as stop:
                 code = stop.code
         (folder / f"{i}.{os.environ['RANK']}").write_text(str(code))
-        if code not in (0, main.EXIT_STOPPED):
+        if code not in (0, commands.EXIT_STOPPED):
+            sys.stderr.flush()
             os._exit(code)
 
 
 if __name__ == "__main__":
-    end_with_launcher()
-    meshes.FAILURE_SECONDS = 1.0
-    run(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    main(*sys.argv[1:])
     os._exit(0)

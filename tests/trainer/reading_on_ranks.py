@@ -1,12 +1,11 @@
 """Trains jobs one after the other, on the ranks of one launch or alone, and keeps what was read.
 
-torchrun -m this JOBS: a JSON list of (name, overrides). A job leaves <name>_<rank>.json in its
+Run on ranks: JOBS is a JSON list of (name, overrides). A job leaves <name>_<rank>.json in its
 run_dir: the place of the rank, its first step, and the rows of each micro-batch of each step.
 """
 
 import json
 import os
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -43,11 +42,6 @@ def run(name: str, overrides: list[str]) -> None:
     Path(config["run_dir"], file).write_text(json.dumps(read))
 
 
-def main(jobs: Path) -> None:
-    for name, overrides in json.loads(jobs.read_text()):
+def main(jobs: str) -> None:
+    for name, overrides in json.loads(Path(jobs).read_text()):
         run(name, overrides)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    os._exit(0)  # the threads of a process group can abort a process that Python winds up

@@ -19,7 +19,7 @@ RUN = [
     "mixer.kda.num_heads=4",
     "mixer.mla.num_heads=4",
     "data.seq_len=48",
-    "data.batch_size=16",
+    "data.batch_size=8",
     "trainer.steps=3",
 ]
 ENGINE = "engine=accelerate"
@@ -28,9 +28,9 @@ BACK_ENDS = {"ddp": [], "fsdp2": FSDP} | {  # name -> environment
     f"zero{stage}": ["ACCELERATE_USE_DEEPSPEED=true", f"ACCELERATE_DEEPSPEED_ZERO_STAGE={stage}"]
     for stage in (1, 2, 3)
 }
-SHAPES = {  # of two ranks: a step is four micro-batches, or one
+SHAPES = {  # of two ranks: a step is two micro-batches, or one
     "cp1": ["trainer.micro_batch_size=2", "trainer.activation_checkpointing=true"],
-    "cp2": ["parallel=ring", "parallel.layout=zigzag", "trainer.micro_batch_size=16"],
+    "cp2": ["parallel=ring", "parallel.layout=zigzag", "trainer.micro_batch_size=8"],
 }
 RESUMED = {"zero3": "fsdp2", "ddp": "zero3", "fsdp2": "ddp"}  # back end -> whose checkpoint
 REFUSED = {  # what Accelerate made of its environment -> that environment
@@ -55,7 +55,7 @@ def runs(tmp_path_factory) -> Runs:
 
 @pytest.fixture(scope="module")
 def alone(runs) -> dict:
-    return runs.alone("alone", "trainer.micro_batch_size=16")
+    return runs.alone("alone", "trainer.micro_batch_size=8")
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,24 @@ def said(runs, alone) -> str:
     for i, environment in enumerate(REFUSED.values()):
         jobs[f"refused {i}"] = [ENGINE, *environment]
     return runs.on_ranks(2, jobs)
+
+
+@pytest.fixture(scope="module")
+def four(runs, alone) -> Runs:
+    """Four ranks that share sequences, two of which hold a copy each."""
+    sizes = [f"PARALLELISM_CONFIG_DP_{kind}_SIZE=2" for kind in ("REPLICATE", "SHARD")]
+    copies = [*FSDP, "ACCELERATE_USE_PARALLELISM_CONFIG=true", *sizes]
+    usp = ["parallel=usp", "trainer.micro_batch_size=4", "trainer.steps=1", "unsaved"]
+    runs.on_ranks(4, {"fsdp2 in copies": [ENGINE, *copies, *usp]})
+    return runs
+
+
+def test_shards_and_copies_train_like_one_process(four, alone):
+    assert_same(four.records("fsdp2 in copies"), four.records("alone")[:1], 1e-5)
+    seen = four.seen("fsdp2 in copies", 3)
+    assert_same_gradients(seen["gradients"], alone["gradients"], 1e-5)
+    rows = sum(-(-len(grad) // 2) * grad[0].nbytes for grad in alone["gradients"].values())
+    assert seen["bytes"]["parameters"] == rows
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -105,7 +123,7 @@ def test_a_run_goes_on_with_another_back_end(said, runs, name):
 
 
 def test_a_run_goes_on_without_accelerate(said, runs):
-    runs.alone("alone from fsdp2", "trainer.micro_batch_size=16", runs.resume("fsdp2 cp2", 2))
+    runs.alone("alone from fsdp2", "trainer.micro_batch_size=8", runs.resume("fsdp2 cp2", 2))
     assert_same(runs.records("alone from fsdp2"), runs.records("alone")[2:], 1e-5)
 
 
@@ -115,13 +133,12 @@ def test_what_it_made_of_its_environment_is_checked(said, line):
 
 
 def test_its_launcher(runs, alone):
-    """Four ranks that share sequences, two of which hold a copy each, on a machine without a GPU,
-    where Accelerate by itself would take each rank for a single process."""
-    more = ["parallel=usp", "trainer.micro_batch_size=4", "trainer.steps=1"]
-    words = runs.words("launched", ENGINE, *more)
-    launch = ["--use_fsdp", "--fsdp_version=2", "--use_parallelism_config", "--num_processes=4"]
-    sizes = {"dp_replicate_size": 2, "dp_shard_size": 2}
-    launch += [f"--parallelism_config_{name}={size}" for name, size in sizes.items()]
+    """On a machine without a GPU, where Accelerate by itself would take each rank for a single
+    process."""
+    more = ["parallel=ring", "parallel.layout=zigzag", "trainer.micro_batch_size=4"]
+    words = runs.words("launched", ENGINE, *more, "trainer.steps=1")
+    launch = ["--use_fsdp", "--fsdp_version=2", "--use_parallelism_config", "--num_processes=2"]
+    launch += ["--parallelism_config_dp_shard_size=2"]
     run = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *launch, "scripts/train.py", *words],
         cwd=ROOT,
@@ -131,7 +148,7 @@ def test_its_launcher(runs, alone):
         timeout=200,
     )
     assert (runs.path / "launched" / "checkpoints" / "step_00000001").is_dir(), run.stderr
-    assert "mesh    4 x cpu = 1 data x 2 ring x 2 ulysses, gloo, fp32" in run.stdout
+    assert "mesh    2 x cpu = 1 data x 2 ring x 1 ulysses, gloo, fp32" in run.stdout
     assert_same(runs.records("launched"), runs.records("alone")[:1], 1e-5)
 
 

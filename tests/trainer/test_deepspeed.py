@@ -4,16 +4,13 @@ test_resume_matrix.py takes more steps, and goes on from any engine.
 """
 
 import functools
-import os
 import re
-import subprocess
-import sys
 from itertools import accumulate
 
 import pytest
 from torch.distributed.checkpoint import FileSystemReader
 
-from tests.launch import ROOT
+from tests import launch
 from tests.models.build import make_model
 from tests.trainer.runs import SINGLE, Runs, assert_same, assert_same_gradients
 from tests.trainer.tiny import MODEL as TINY
@@ -32,20 +29,25 @@ MODEL = [
 RUN = [
     *MODEL,
     "data.seq_len=48",
-    "data.batch_size=16",
+    "data.batch_size=8",
     "checkpoint.keep=0",
     "engine.bucket_mb=0.01",
 ]
 CHECKPOINTING = "trainer.activation_checkpointing=true"
 CUT = "parallel.layout=zigzag"
-SHAPES = {  # of four ranks: a step is one micro-batch, or four accumulated
-    "cp1": ["trainer.micro_batch_size=4"],
+SHAPES = {  # of four ranks: a step is one micro-batch, or two accumulated
+    "cp1": ["trainer.micro_batch_size=2"],
     "cp1 accumulated": ["trainer.micro_batch_size=1", CHECKPOINTING],
-    "cp2": ["parallel=ulysses", "parallel.cp=2", "trainer.micro_batch_size=8"],
+    "cp2": ["parallel=ulysses", "parallel.cp=2", "trainer.micro_batch_size=4"],
     "cp2 accumulated": ["parallel=ring", CUT, "parallel.cp=2", "trainer.micro_batch_size=2"],
-    "cp4": ["parallel=gather", "parallel.cp=4", "trainer.micro_batch_size=16"],
+    "cp4": ["parallel=gather", "parallel.cp=4", "trainer.micro_batch_size=8"],
     "cp4 accumulated": ["parallel=usp", CUT, "parallel.cp=4", "trainer.micro_batch_size=4"],
 }
+RUNS = [  # every stage with every degree, and both with and without accumulation
+    *((1, "cp1 accumulated"), (1, "cp2"), (1, "cp4 accumulated")),
+    *((2, "cp1"), (2, "cp2 accumulated"), (2, "cp4")),
+    *((3, "cp1 accumulated"), (3, "cp2"), (3, "cp4 accumulated")),
+]
 STAGES = {
     1: ["engine=zero1"],
     2: ["engine=zero2"],
@@ -62,8 +64,11 @@ MIXERS = [  # and what parameters are used for outside the forward of their own 
     "mixer.gqa.qk_norm=true",
     "mixer.mla.q_rank=6",
     "trainer.steps=2",
+    "trainer.micro_batch_size=2",
 ]
-STEPS = ["trainer.steps=3", "schedule.total_steps=6", "trainer.micro_batch_size=4"]
+STEPS = ["trainer.steps=3", "schedule.total_steps=6", "trainer.micro_batch_size=2"]
+START = ["trainer.steps=1", "trainer.micro_batch_size=4"]
+TWICE = ["trainer.steps=2", "trainer.micro_batch_size=2"]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +78,7 @@ def runs(tmp_path_factory) -> Runs:
 
 @pytest.fixture(scope="module")
 def alone(runs) -> dict:
-    more = ["trainer.steps=6", "engine.bucket_mb=25", "trainer.micro_batch_size=16"]
+    more = ["trainer.steps=6", "engine.bucket_mb=25", "trainer.micro_batch_size=8"]
     return runs.alone("alone", *STEPS, *more)
 
 
@@ -82,16 +87,16 @@ def two(runs, alone) -> Runs:
     """Two ranks: three steps of every kind, and starting from a Hugging Face folder."""
     convert(source=str(runs.path / "alone"), target=str(runs.path / "hf"), format="hf")
     folder = f"init_from={runs.path / 'hf'}"
-    runs.alone("from hf alone", "trainer.steps=1", folder)
+    runs.alone("from hf alone", *START, folder)
     runs.alone("mixers alone", *MIXERS)
-    mixed = ["unsaved", "trainer.precision=bf16", "trainer.steps=2", CHECKPOINTING]
+    mixed = ["unsaved", "trainer.precision=bf16", *TWICE, CHECKPOINTING]
     dropped = ["unsaved", "dropped", *STEPS]
     offload = [*dropped, "engine.offload_optimizer=cpu"]
     jobs = {f"zero{stage}": ["counted", *STAGES[stage], *STEPS] for stage in STAGES}
     jobs["zero2"] += ["checkpoint.every=2"]
     jobs |= {
         "zero2 again": ["unsaved", *STAGES[2], *STEPS, runs.resume("zero2", 2)],
-        "zero3 from hf": ["unsaved", *STAGES[3], "trainer.steps=1", folder],
+        "zero3 from hf": ["unsaved", *STAGES[3], *START, folder],
         "zero3 mixers": ["unsaved", *STAGES[3], *MIXERS, CHECKPOINTING],
         "zero2 dropped": [*STAGES[2], *dropped],
         "zero3 dropped": [*STAGES[3], *dropped],
@@ -107,11 +112,10 @@ def two(runs, alone) -> Runs:
 
 @pytest.fixture(scope="module")
 def four(two) -> Runs:
-    """Four ranks: every stage in every shape."""
+    """Four ranks."""
     jobs = {
         f"zero{stage} {shape}": ["unsaved", *STAGES[stage], *SHAPES[shape], "trainer.steps=1"]
-        for stage in STAGES
-        for shape in SHAPES
+        for stage, shape in RUNS
     }
     two.said[4] = two.on_ranks(4, jobs)
     return two
@@ -122,8 +126,7 @@ def test_steps_are_those_of_one_process(two, stage):
     assert_same(two.records(f"zero{stage}"), two.records("alone")[:3], 1e-4)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "shape"), RUNS)
 def test_a_step_is_that_of_one_process(four, alone, stage, shape):
     name = f"zero{stage} {shape}"
     assert_same(four.records(name), four.records("alone")[:1], 1e-5)
@@ -160,8 +163,7 @@ def partition_bytes(stage: int, rank: int, ranks: int) -> dict[str, int]:
     return {"parameters": 4 * whole, "gradients": 4 * gradients, "optimizer": 3 * 4 * part}
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "shape"), RUNS)
 def test_a_rank_holds_its_share(four, stage, shape):
     for rank in range(4):
         assert four.seen(f"zero{stage} {shape}", rank)["bytes"] == partition_bytes(stage, rank, 4)
@@ -242,14 +244,8 @@ def test_a_single_process_needs_no_launcher(runs, alone):
     (runs.path / "home").mkdir()
     path = runs.path / "single"
     words = runs.words("single", *STAGES[3], "trainer.steps=1", "engine.offload_optimizer=cpu")
-    run = subprocess.run(
-        [sys.executable, "scripts/train.py", *words],
-        cwd=ROOT,
-        env=os.environ | {"HOME": str(runs.path / "home")},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    command = ("tests.script", "scripts/train.py", *words)
+    run = launch.alone(*command, environment={"HOME": str(runs.path / "home")})
     assert (path / "checkpoints" / "step_00000001").is_dir(), run.stderr
     assert_same(runs.records("single"), runs.records("alone")[:1], 1e-5)
     assert list((runs.path / "home").iterdir()) == []

@@ -21,7 +21,7 @@ RUN = [
     "data.seq_len=48",
     "data.batch_size=16",
     "data.eval_fraction=0",
-    "trainer.grad_clip=0.5",  # below most norms
+    "trainer.grad_clip=0.5",  # below all norms
     f"trainer.steps={STEPS}",
 ]
 SHAPES = {  # of four ranks: a step is one micro-batch, or four accumulated
@@ -80,7 +80,8 @@ def test_gradients_norms_and_losses_are_those_of_one_process(runs, alone, engine
         found = (gradient, norms[0], losses[0], max(losses))
         print(name, *(f"{x:.1e}" for x in found))
         assert all(x <= bound for x, bound in zip(found, bounds, strict=True)), name
-    assert sum(record["grad_norm"] > 0.5 for record in expected) > STEPS / 2
+    assert all(record["grad_norm"] > 0.5 for record in expected)
+    assert expected[-1]["loss"] < expected[0]["loss"] - 1
 
 
 def apart(records: list[dict], expected: list[dict], key: str) -> list[float]:

@@ -21,17 +21,19 @@ MODEL = [
     "mixer.kda.num_heads=4",
     "mixer.mla.num_heads=4",
 ]
-RUN = [*MODEL, "data.seq_len=48", "data.batch_size=12", "trainer.steps=3", "checkpoint.every=2"]
+RUN = [*MODEL, "data.seq_len=48", "data.batch_size=8", "trainer.steps=3", "checkpoint.every=2"]
 EXACT = "trainer.precision=fp64"
 CHECKPOINTING = "trainer.activation_checkpointing=true"
 CUT = "parallel.layout=zigzag"
-SHAPES = {  # of four ranks: a step is one micro-batch, or three to six accumulated
-    "cp1": ["trainer.micro_batch_size=3"],
+SHAPES = {  # of four ranks: a step is one micro-batch, or two accumulated
+    "cp1": ["trainer.micro_batch_size=2"],
     "cp1 accumulated": ["trainer.micro_batch_size=1", CHECKPOINTING],
-    "cp2": ["parallel=ring", CUT, "parallel.cp=2", "trainer.micro_batch_size=6"],
-    "cp2 accumulated": ["parallel=ulysses", "parallel.cp=2", CHECKPOINTING],
-    "cp4": ["parallel=usp", CUT, "parallel.cp=4", "trainer.micro_batch_size=12"],
-    "cp4 accumulated": ["parallel=gather", "parallel.cp=4", "trainer.micro_batch_size=3"],
+    "cp2": ["parallel=ring", CUT, "parallel.cp=2", "trainer.micro_batch_size=4"],
+    "cp2 accumulated": [
+        *("parallel=ulysses", "parallel.cp=2", "trainer.micro_batch_size=2", CHECKPOINTING)
+    ],
+    "cp4": ["parallel=usp", CUT, "parallel.cp=4", "trainer.micro_batch_size=8"],
+    "cp4 accumulated": ["parallel=gather", "parallel.cp=4", "trainer.micro_batch_size=4"],
 }
 ONCE = "engine.reduce_every_micro_batch=false"
 HSDP = ["engine=fsdp2", "engine.shard_ranks=2", "engine.reshard_after_forward=false"]
@@ -51,18 +53,19 @@ def runs(tmp_path_factory) -> Runs:
 
 @pytest.fixture(scope="module")
 def alone(runs) -> dict:
-    return runs.alone("alone", EXACT, "trainer.micro_batch_size=4")
+    return runs.alone("alone", EXACT, "trainer.micro_batch_size=8")
 
 
 @pytest.fixture(scope="module")
 def two(runs, alone) -> Runs:
     """Two ranks: bf16, and starting from a Hugging Face folder."""
     convert(source=str(runs.path / "alone"), target=str(runs.path / "hf"), format="hf")
-    start = ["trainer.steps=1", f"init_from={runs.path / 'hf'}"]
+    start = ["trainer.steps=1", f"init_from={runs.path / 'hf'}", "trainer.micro_batch_size=4"]
+    mixed = ["trainer.precision=bf16", "trainer.micro_batch_size=2"]
     runs.alone("from hf alone", EXACT, *start)
     jobs = {
-        "bf16": ["engine=fsdp2", ONCE, "trainer.precision=bf16", CHECKPOINTING],
-        "bf16 ddp": ["engine=ddp", "trainer.precision=bf16"],
+        "bf16": ["engine=fsdp2", ONCE, *mixed, CHECKPOINTING],
+        "bf16 ddp": ["engine=ddp", *mixed],
         "from hf": ["engine=fsdp2", EXACT, *start],
     }
     runs.said = {2: runs.on_ranks(2, {name: ["unsaved", *more] for name, more in jobs.items()})}

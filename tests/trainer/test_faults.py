@@ -1,4 +1,4 @@
-"""Signals, lost ranks and policies under torchrun: all ranks end alike, and say why."""
+"""Signals, lost ranks and policies: all ranks end alike, and say why."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from parallel.mesh import Mesh
-from tests.launch import ROOT
+from tests.launch import ROOT, forked
 from tests.trainer.tiny import overrides, records
 from trainer.run_folder import session
 
@@ -21,9 +21,10 @@ HOST = os.uname().nodename
 BITWISE = ("step", "loss", "grad_norm", "lr", "tokens", "epoch")
 
 
-def launch(folder: Path, *jobs: dict) -> subprocess.Popen:
-    """torchrun with two ranks; its lines of errors go to folder/errors."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+def launch(folder: Path, *jobs: dict, ranks: int = 2) -> subprocess.Popen:
+    """torchrun; its lines of errors go to folder/errors."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command.append(f"--nproc-per-node={ranks}")
     with (folder / "errors").open("w") as errors:
         return subprocess.Popen(
             [*command, "-m", "tests.trainer.faulty", str(folder), json.dumps(jobs)],
@@ -47,9 +48,8 @@ def wait_for(condition, seconds: float) -> None:
         time.sleep(0.02)
 
 
-def errors(folder: Path) -> list[str]:
-    lines = (folder / "errors").read_text().splitlines()
-    return sorted(line for line in lines if line.startswith("error: "))
+def errors(text: str) -> list[str]:
+    return sorted(line for line in text.splitlines() if line.startswith("error: "))
 
 
 def status(run_dir: Path) -> dict:
@@ -148,60 +148,49 @@ def test_the_launchers_signal_behind_a_death_is_no_stop_to_resume_from(stopped):
     folder, codes = stopped
     assert codes["killed"] == ["1"]
     reason = f"lost rank 1 on {HOST}: its process ended"
-    assert errors(folder) == [f"error: rank 0: {reason}"]
+    assert errors((folder / "errors").read_text()) == [f"error: rank 0: {reason}"]
     assert status(folder / "killed").items() >= {"outcome": "failed", "reason": reason}.items()
     assert not list((folder / "killed" / "checkpoints").glob("step_*"))
 
 
-@pytest.fixture(scope="module")
-def lost(tmp_path_factory):
-    """Three launches at once: a rank is killed, the launcher is, a rank's storage hangs."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in ("rank", "launcher", "storage")}
-    sleeping = [0, "DDPEngine", "accumulate", 5, "sleep"]
-    hanging = [1, "TrainStream", "next_step", 5, "sleep"]
-    faults = {
-        "rank": [sleeping, [1, "DDPEngine", "accumulate", 5, "die"]],
-        "launcher": [sleeping],
-        "storage": [hanging],
-    }
-    started = {
-        name: launch(
-            folder,
-            job(folder, "run", "trainer.hang_minutes=0.06", faults=faults[name])
-            if name == "storage"
-            else job(folder, "run", faults=faults[name]),
-        )
-        for name, folder in folders.items()
-    }
-    return folders, started
+SLEEPING = [0, "DDPEngine", "accumulate", 5, "sleep"]
 
 
-def test_a_rank_that_is_killed_is_named_by_one_that_computes(lost):
-    folder, launcher = lost[0]["rank"], lost[1]["rank"]
-    wait_for((folder / "died").exists, 100)
-    wait_for(lambda: gone(folder / "asleep"), 6)  # 2 s on a machine that does nothing else
-    launcher.wait(60)
+def test_a_rank_that_is_killed_is_named_by_one_that_computes(tmp_path):
+    """With no launcher that would end it."""
+    faults = [SLEEPING, [1, "DDPEngine", "accumulate", 5, "die"]]
+    jobs = json.dumps([job(tmp_path, "run", faults=faults)])
+    left, killed = forked(2, "tests.trainer.faulty", str(tmp_path), jobs)
+    assert (left.returncode, killed.returncode) == (1, -signal.SIGKILL)
     reason = f"lost rank 1 on {HOST}: its process ended"
-    assert errors(folder) == [f"error: rank 0: {reason}"]
-    assert status(folder / "run").items() >= {"outcome": "failed", "reason": reason}.items()
+    assert errors(left.stderr) == [f"error: rank 0: {reason}"]
+    assert status(tmp_path / "run").items() >= {"outcome": "failed", "reason": reason}.items()
+    times = [(tmp_path / file).stat().st_mtime for file in ("died", "run/status.json")]
+    assert times[1] - times[0] < 6  # 2 s on a machine that does nothing else
 
 
-def test_workers_end_with_a_launcher_that_is_killed(lost):
-    folder, launcher = lost[0]["launcher"], lost[1]["launcher"]
-    wait_for((folder / "asleep").exists, 100)
+def test_workers_end_with_a_launcher_that_is_killed(tmp_path):
+    alone = job(tmp_path, "run", "trainer.micro_batch_size=2", faults=[SLEEPING])
+    launcher = launch(tmp_path, alone, ranks=1)
+    wait_for((tmp_path / "asleep").exists, 100)
     launcher.send_signal(signal.SIGKILL)
-    wait_for(lambda: gone(folder / "asleep"), 2)
-    with session(folder / "run", Mesh(device=torch.device("cpu"))) as status:  # it is free
+    launcher.wait()
+    wait_for(lambda: gone(tmp_path / "asleep"), 2)
+    with session(tmp_path / "run", Mesh(device=torch.device("cpu"))) as status:  # it is free
         assert status.left.startswith("the run before ended without a word: process ")
         assert status.left.endswith(f" on {HOST}, behind step 1")
 
 
-def test_a_rank_whose_storage_hangs_is_named_with_all_stacks(lost):
-    folder, launcher = lost[0]["storage"], lost[1]["storage"]
-    launcher.wait(100)
-    where = f"behind step 3: the others wait for rank 1 on {HOST}; stacks in {folder}/run/hang_rank"
-    lines = errors(folder)
-    assert len(lines) == 2 and all(where in line for line in lines)
-    assert where in status(folder / "run")["reason"]
-    assert "in befall" in (folder / "run" / "hang_rank00001.txt").read_text()
-    assert "in _count" in (folder / "run" / "hang_rank00000.txt").read_text()
+def test_a_rank_whose_storage_hangs_is_named_with_all_stacks(tmp_path):
+    hanging = [1, "TrainStream", "next_step", 5, "sleep"]
+    hangs = job(tmp_path, "run", "trainer.hang_minutes=0.06", faults=[hanging])
+    ranks = forked(2, "tests.trainer.faulty", str(tmp_path), json.dumps([hangs]))
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    where = (
+        f"behind step 3: the others wait for rank 1 on {HOST}; stacks in {tmp_path}/run/hang_rank"
+    )
+    for rank in ranks:
+        assert len(errors(rank.stderr)) == 1 and where in errors(rank.stderr)[0]
+    assert where in status(tmp_path / "run")["reason"]
+    assert "in befall" in (tmp_path / "run" / "hang_rank00001.txt").read_text()
+    assert "in _count" in (tmp_path / "run" / "hang_rank00000.txt").read_text()

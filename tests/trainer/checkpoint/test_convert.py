@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,8 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from models.checkpoints.shards import INDEX, ShardReader
 from models.hybrid import HybridLM
-from tests.models.build import CONF, compose, make_model, randomise
+from tests.launch import alone
+from tests.models.build import compose, make_model, randomise
 from trainer.checkpoint.convert import convert
 from trainer.checkpoint.store import CheckpointStore
 from trainer.checkpoint.weights import load_weights, open_weights
@@ -218,9 +217,8 @@ def test_weights_keep_the_models_precision(tmp_path):
 
 
 def test_the_command_line_ends_with_code_2_and_one_line():
-    script = CONF.parent / "scripts" / "convert.py"
-    command = [sys.executable, script, "source=nowhere", "target=x", "format=hf"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command = ("tests.script", "scripts/convert.py", "source=nowhere", "target=x", "format=hf")
+    ended = alone(*command)
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: source=nowhere: no weights in nowhere; allowed: ")
     assert ended.stderr.count("\n") == 1

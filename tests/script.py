@@ -1,0 +1,11 @@
+"""Run on ranks, or alone: a script of the repository, as from the command line."""
+
+import runpy
+import sys
+
+from tests.launch import ROOT
+
+
+def main(script: str, *arguments: str) -> None:
+    sys.argv = [str(ROOT / script), *arguments]
+    runpy.run_path(sys.argv[0], run_name="__main__")
