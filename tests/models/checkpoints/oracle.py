@@ -1,4 +1,4 @@
-"""transformers' own Kimi Linear: the independent definition, seen through saved files."""
+"""transformers' own models: the independent definition, seen through saved files."""
 
 import copy
 from pathlib import Path

@@ -14,7 +14,7 @@ from models.hybrid import HybridLM
 from models.ops.select import Ops
 from models.sequence import SequenceInfo
 from tests.models.build import compose
-from tests.models.checkpoints.oracle import Wide, relative_error
+from tests.models.checkpoints.oracle import Wide, relative_error, save_gradients
 from trainer.build import build_model
 from trainer.checkpoint.convert import convert
 from trainer.checkpoint.weights import load_weights, open_weights
@@ -106,9 +106,17 @@ def test_the_same_files_give_the_same_logits_both_ways(name, tmp_path):
             tmp_path / "ours", dtype=torch.float64, output_loading_info=True
         )
         expected = again(TOKENS).logits
+        expected.square().sum().backward()
     assert type(again) is type(peer) and not any(report.values()), report
-    ours = our_logits(make_ours(tmp_path / "native", torch.float64))
+    model = make_ours(tmp_path / "native", torch.float64)
+    ours = our_logits(model)
     assert relative_error(ours, expected) < 1e-11
+    ours.square().sum().backward()
+    save_gradients(again, tmp_path / "gradients")
+    gradients = open_weights(tmp_path / "gradients")
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert relative_error(parameter.grad, gradients.get(key)) < 1e-10, key
     for key, tensor in peer.state_dict().items():
         assert torch.equal(again.state_dict()[key].float(), tensor), key
     assert open_weights(tmp_path / "ours").config == open_weights(tmp_path / "theirs").config
