@@ -56,6 +56,10 @@ class DistillationLoss(LanguageModelLoss):
         self._count(kl=kl, cross_entropy=ce)
         return loss
 
+    def flops_per_token(self, model: HybridLM, context: float) -> float:
+        """With the teacher's forward pass."""
+        return super().flops_per_token(model, context) + self.teacher.model.flops_per_token(context)
+
 
 class _TiledDistillation(torch.autograd.Function):
     """Loss, divergence and cross entropy of hidden [tokens, dim] against weight [vocab, dim], given

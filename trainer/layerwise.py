@@ -65,6 +65,14 @@ class LayerwiseLoss(LanguageModelLoss):
                 self._count(**{f"layer_{i:02}": layer, f"mixer_{i:02}": mixer})
         return total
 
+    def flops_per_token(self, model: HybridLM, context: float) -> float:
+        """Without heads, and without what is computed twice."""
+        own, teacher = (
+            m.flops_per_token(context) - 2 * m.head_weight.numel()
+            for m in (model, self.teacher.model)
+        )
+        return 3 * own + teacher
+
     def _compare(self, stream: Stream, i: int, info: SequenceInfo, valid: Tensor) -> Stream:
         """-> the distances of layer i, of its mixer, and the teacher's output."""
         layer, guide = (cast(Layer, m.layers[i]) for m in (self.model, self.teacher.model))

@@ -206,7 +206,8 @@ class Trainer:
         return {name: _finite(x) for name, x in zip(sums, total.tolist(), strict=True)}
 
     def _speed(self, labels: int, tokens: int, context: int, seconds: float) -> Record:
-        flops = 3 * tokens * self.blueprint.flops_per_token(context / max(tokens, 1))
+        seen = context / max(tokens, 1)
+        flops = tokens * self.engine.loss.flops_per_token(self.blueprint, seen)
         achieved = flops / seconds / self.mesh.ranks
         return {
             "tokens": labels,

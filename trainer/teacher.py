@@ -1,5 +1,6 @@
 """The model that another one learns from: frozen, in the dtype of the run's products."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from trainer.checkpoint.weights import load_weights, open_weights
 from trainer.data.tokenizer import TOKENIZER, Tokenizer, build_tokenizer
 from trainer.errors import ConfigError, naming
 from trainer.settings import Setup
+
+log = logging.getLogger(__name__)
 
 
 class Teacher:
@@ -53,6 +56,10 @@ def load_teacher(
         teacher = load_frozen(
             Path(folder), setup=setup, shard=shard, check=lambda teacher: check(student, teacher)
         )
+    size = sum(parameter.numel() for parameter in teacher.parameters())
+    divided = shard and setup.mesh.group is not None
+    place = f"layers over {setup.mesh.ranks} ranks" if divided else "whole on each rank"
+    log.info("teacher %s: %.2f M parameters, %s", folder, size / 1e6, place)
     return Teacher(teacher, autocast=setup.numerics.autocast)
 
 

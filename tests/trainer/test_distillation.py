@@ -182,3 +182,12 @@ def test_layers_of_the_teacher_itself_are_at_no_distance():
         loss = LayerwiseLoss(model, teacher=Teacher(teacher), norm=norm)(batch)
         loss.backward()
         assert loss == 0 and all((p.grad == 0).all() for p in model.layers.parameters())
+
+
+def test_flops_are_those_of_both_models():
+    model, teacher = hybrid("model.pattern=[kda]"), hybrid("model.pattern=[gqa]")
+    own, its, head = model.flops_per_token(9), teacher.flops_per_token(9), 2 * 320 * 12
+    kd = DistillationLoss(model, teacher=Teacher(teacher))
+    assert kd.flops_per_token(model, 9) == 3 * own + its
+    ild = LayerwiseLoss(model, teacher=Teacher(teacher))
+    assert ild.flops_per_token(model, 9) == 3 * (own - head) + its - head

@@ -4,6 +4,7 @@ import pytest
 import tokenizers
 import torch
 
+from tests.models.build import compose
 from tests.trainer.runs import SINGLE, Runs, assert_same, assert_same_gradients
 from trainer.build import build_trainer
 from trainer.checkpoint.convert import convert
@@ -174,3 +175,15 @@ def test_words_of_the_teacher_must_be_those_of_the_data(runs, tmp_path):
     config["objective"]["teacher"] = str(folder)
     with pytest.raises(ConfigError, match=r"its tokenizer has other words than data\.tokenizer"):
         build_trainer(config, mesh=SINGLE, run_dir=runs.path)
+
+
+@pytest.mark.parametrize(
+    ("stage", "objective", "tokens"),
+    [("ild", "ild", 2048), ("kd", "kd", 2048), ("long", "kd", 32768)],
+)
+def test_stages_of_a_recipe(stage, objective, tokens):
+    teacher = "objective.teacher=x"
+    config = compose([f"experiment=zebra_llama_{stage}", teacher, "init_from=y", "optim.lr=1"])
+    assert config["model"] == "init_from" and config["optim"]["lr"] == 1
+    assert config["objective"] == compose([f"objective={objective}", teacher])["objective"]
+    assert config["data"]["seq_len"] == tokens

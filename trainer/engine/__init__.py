@@ -54,6 +54,11 @@ class LossModule(nn.Module):
         super().__init__()
         self._sums: dict[str, Tensor] = {}
 
+    def flops_per_token(self, model: Any, context: float) -> float:
+        """Of a token that sees `context` tokens, forward and backward; model: as this one, with all
+        shapes, which an engine may have changed."""
+        return 3 * model.flops_per_token(context)
+
     def take_sums(self) -> dict[str, Tensor]:
         """Of what the loss is made of, over the tokens of the batches since the last call."""
         sums, self._sums = self._sums, {}
