@@ -156,7 +156,7 @@ def weights(runs: Runs, name: str, step: int) -> dict[str, torch.Tensor]:
     ],
 )
 def test_bad_input_is_one_line(runs, objective, key, value, line):
-    config = runs.config("bad", *words(runs, objective))
+    config = compose(runs.words("bad", *words(runs, objective)))
     section, _, name = key.partition(".")
     config[section][name] = value
     with pytest.raises(ConfigError, match=line) as error:
@@ -171,7 +171,7 @@ def test_words_of_the_teacher_must_be_those_of_the_data(runs, tmp_path):
     made = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "</s>": 1}, []))
     made.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-    config = runs.config("bad", *words(runs, "kd"))
+    config = compose(runs.words("bad", *words(runs, "kd")))
     config["objective"]["teacher"] = str(folder)
     with pytest.raises(ConfigError, match=r"its tokenizer has other words than data\.tokenizer"):
         build_trainer(config, mesh=SINGLE, run_dir=runs.path)
