@@ -76,7 +76,7 @@ def write_map(
     if path.suffix == ".png":
         draw_routing(path, {layer: routed.kept for layer, routed in layers.items()})
     else:
-        path.write_text(page(layers, ids, words))
+        path.write_text(page(layers, ids.tolist(), words))
     return [
         f"layer {layer}: kept {' '.join(f'{share:.0%}' for share in routed.kept.mean(1))}"
         for layer, routed in layers.items()

@@ -19,5 +19,6 @@ def softmax_shares(model: HybridLM, loads: Mapping[BalancedRouter, Tensor]) -> R
             if isinstance(router, LearnedRouter):
                 heads = enumerate(router.share(loads[router]).tolist())
                 shares |= {f"softmax_share/{i}/{head}": share for head, share in heads}
-    mean = {"softmax_share": sum(shares.values()) / len(shares)} if shares else {}
-    return mean | shares
+    if not shares:
+        return {}
+    return {"softmax_share": sum(shares.values()) / len(shares), **shares}

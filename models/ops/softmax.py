@@ -194,8 +194,9 @@ class TiledSoftmax(BlockSoftmax):
         for rows, plan in grouped_rows(plans):
             for tile in plan:
                 at, key_at = _at(rows, tile)
-                seen = _turned(tile, q[at], k[key_at], v[key_at])
-                part, part_lse = _turned(tile, *self.tile(*seen, tile.causal, scale))
+                queries, keys, values = _turned(tile, q[at], k[key_at], v[key_at])
+                results = self.tile(queries, keys, values, tile.causal, scale)
+                part, part_lse = _turned(tile, *results)
                 if merges:
                     merge_(output[at], lse[at], part, part_lse)
                 else:
