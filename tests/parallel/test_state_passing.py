@@ -1,5 +1,6 @@
 """Recurrences over several ranks against one rank: states, gradients, bytes, order of messages."""
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partialmethod
@@ -90,6 +91,20 @@ def clip(row: Iterable[Fragment], start: int, stop: int) -> SequenceInfo:
     return SequenceInfo.from_fragments([fragments])
 
 
+@functools.cache
+def alone(
+    definition: type[LinearRecurrence], decays: int, peers: tuple[Row, ...], *, states: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Output and gradients of one rank, and the state after the last token of each rank; states:
+    whether the loss has those too."""
+    *tokens, weight = inputs(peers, decays=decays)
+    output, lasts = on_one_rank(definition(), peers, tokens)
+    loss = (output * weight).sum()
+    if states:
+        loss = loss + sum((i + 1) * state.sin().sum() for i, state in enumerate(lasts))
+    return [output, *torch.autograd.grad(loss, tokens)], lasts
+
+
 def on_one_rank(op: LinearRecurrence, peers: tuple[Row, ...], tokens: list[Tensor]):
     """Output of the whole sequence, and the state after the last token of each rank."""
     lasts = [row[-1].index + row[-1].length for row in peers]
@@ -113,20 +128,17 @@ def errors(
     """Largest difference of outputs, final state and every gradient, relative to the largest."""
     fast, definition, decays = ops
     *tokens, weight = inputs(peers, decays=decays)
-    output, states = on_one_rank(definition(), peers, tokens)
     scheme, info = build(fast(), axis), rank_info(peers, axis.rank)
+    passes = isinstance(scheme, StatePassing)
+    expected, states = alone(definition, decays, peers, states=passes)
     own = [local(x, info) for x in tokens]
     result = scheme(*own, info)
 
-    expected, got = [output], [result.output]
-    loss, own_loss = (output * weight).sum(), (result.output * local(weight, info)).sum()
-    pairs = []
-    if isinstance(scheme, StatePassing):
+    loss, pairs = (result.output * local(weight, info)).sum(), []
+    if passes:
         pairs.append((result.final_state, states[axis.rank]))
-        loss = loss + sum((i + 1) * state.sin().sum() for i, state in enumerate(states))
-        own_loss = own_loss + (axis.rank + 1) * result.final_state.sin().sum()
-    expected += torch.autograd.grad(loss, tokens)
-    got += torch.autograd.grad(own_loss, own)
+        loss = loss + (axis.rank + 1) * result.final_state.sin().sum()
+    got = [result.output, *torch.autograd.grad(loss, own)]
     pairs += [(x, y[:, info.index[0]]) for x, y in zip(got, expected, strict=True)]
     largest = [*(y for _, y in pairs[: -len(got)]), *expected]
     assert all(x.isfinite().all() for x, _ in pairs)
