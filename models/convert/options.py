@@ -15,10 +15,11 @@ class LatentOptions:
 
     kv_rank: of the latent; q_rank: of compressed queries, null for none. rope_dim: rotary channels,
     for rope=select of each key head, else of all heads together. pairs: which rope=select keeps;
-    freqfold: see `rorope`. low_rank: by weights or by data. balance: keys are compressed as if they
-    were so many times as large as values; null: as they are. latent_norm: latents are normalised,
-    to the size that they have over the data. full_kv_heads: every query head has keys of its own,
-    as DeepSeek's form wants it. Raises ValueError.
+    freqfold: see `rorope`, null for as few as rope_dim needs. low_rank: by weights or by data.
+    balance: keys are compressed as if they were so many times as large as values; null: as they
+    are. latent_norm: latents are normalised, to the size that they have over the data.
+    full_kv_heads: every query head has keys of its own, as DeepSeek's form wants it. Raises
+    ValueError.
     """
 
     kv_rank: Size
@@ -26,7 +27,7 @@ class LatentOptions:
     rope: Strategy
     low_rank: Literal["svd", "pca"]
     pairs: Pairs = "uniform"
-    freqfold: int = 1
+    freqfold: int | None = None
     balance: float | None = None
     q_rank: Size | None = None
     latent_norm: bool = False
@@ -37,8 +38,8 @@ class LatentOptions:
             size = getattr(self, name)
             if isinstance(size, int) and size < 1:
                 raise ValueError(f"{name} is {size}; allowed: 1 or more, or full")
-        if self.freqfold < 1:
-            raise ValueError(f"freqfold is {self.freqfold}; allowed: 1 or more")
+        if self.freqfold is not None and self.freqfold < 1:
+            raise ValueError(f"freqfold is {self.freqfold}; allowed: 1 or more, or null")
         if self.balance is not None and self.balance <= 0:
             raise ValueError(f"balance is {self.balance}; allowed: above 0, or null")
 

@@ -81,14 +81,14 @@ def test_the_latent_is_as_wide_as_it_must_be():
         ({"rope": "select"}, 16),
         ({"rope": "rorope"}, 16),
         ({"rope": "select", "rope_dim": 4}, 24),
-        ({"rope": "rorope", "rope_dim": 4, "freqfold": 2}, 28),
+        ({"rope": "rorope", "rope_dim": 4}, 28),
         ({"rope": "zebra", "rope_dim": 4}, 32),
     ):
         assert convert(wide, **options).section["kv_rank"] == rank
     many = teacher(num_heads=8, num_kv_heads=8)
     assert convert(many, rope="rorope", rope_dim=4, freqfold=2).section["kv_rank"] == D_MODEL
     biased = teacher(num_heads=8, num_kv_heads=8, qkv_bias=True)
-    made = convert(biased, rope="rorope", rope_dim=4, freqfold=2, q_rank="full")
+    made = convert(biased, rope="rorope", rope_dim=4, q_rank="full")
     assert made.section["kv_rank"] == made.section["q_rank"] == D_MODEL + 1
 
 
@@ -159,6 +159,13 @@ def lost(made: Converted) -> tuple[float, float]:
     differences = latent.key_nope - parted.key_nope, latent.value - parted.value
     keys, values = (power(x, moment()).sum().item() for x in differences)
     return keys, values
+
+
+def test_folded_frequencies_are_not_exact():
+    """Even of one key head with all its channels."""
+    made = convert(teacher(num_kv_heads=1), rope="rorope", rope_dim=8, freqfold=2)
+    assert [stage.exact for stage in made.stages] == [False, True]
+    assert convert(teacher(num_kv_heads=1), rope="rorope", rope_dim=8).stages[0].exact
 
 
 def test_data_chooses_the_better_latent():
@@ -234,8 +241,14 @@ def test_zebra_starts_as_published():
         ({"rope": "zebra", "rope_dim": 8}, "rope_dim is 8; allowed: even numbers up to 6"),
         ({"rope": "zebra"}, "rope_dim is full; rope=zebra allows"),
         ({"rope": "rorope", "rope_dim": 6}, "rope_dim is 6; .*must divide 8"),
-        ({"rope": "rorope", "rope_dim": 4}, "freqfold is 1; .*multiples of 2 that divide 4"),
-        ({"rope": "rorope", "freqfold": 2}, "freqfold is 2; with rope_dim=full allowed: 1"),
+        (
+            {"rope": "rorope", "rope_dim": 4, "freqfold": 1},
+            "freqfold is 1; .*multiples of 2 that divide 4, or null for 2",
+        ),
+        (
+            {"rope": "rorope", "freqfold": 2},
+            "freqfold is 2; with rope_dim=full allowed: 1, or null",
+        ),
         ({"rope": "rorope", "balance": 0.0}, "balance is 0.0; allowed: above 0, or null"),
     ],
 )
