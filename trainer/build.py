@@ -253,7 +253,8 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
 
 
 def row_cost(model: HybridLM) -> RowCost:
-    """FLOPs are affine in the tokens that a token sees, for every mixer."""
+    """FLOPs are affine in the tokens that a token sees, for every mixer; that a window ends is not
+    seen here."""
     token = model.flops_per_token(0)
     return RowCost(token=token, pair=model.flops_per_token(1) - token)
 

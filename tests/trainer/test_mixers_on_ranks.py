@@ -12,7 +12,7 @@ from models.mixer import Mixer
 from models.sequence import SequenceOp
 from parallel.collectives import Axis
 from parallel.context import apply_context_parallel, build_schemes
-from tests.models.build import MIXERS, make_mixer
+from tests.models.build import MIXERS, compose, make_mixer
 from tests.parallel.layouts import Row, cases, local, rank_info, whole
 from tests.parallel.ranks import on_ranks
 from tests.parallel.test_softmax_schemes import two_axes
@@ -20,9 +20,10 @@ from tests.parallel.test_softmax_schemes import two_axes
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in MIXERS),
     ("gqa", {"window": 5}),
-    ("gdn", {"num_key_heads": 2, "head_dim": 8}),
-    ("mamba2", {"num_kv_heads": 2, "num_groups": 4, "state_dim": 8}),
+    ("gdn", {"num_key_heads": 2}),
+    ("mamba2", {"num_kv_heads": 2, "num_groups": 4}),
 ]
+SMALL = {"num_heads": 4, "head_dim": 8, "state_dim": 8}  # where a mixer has these
 SCHEMES = (  # softmax and latent, recurrence
     ("ring", "state_passing"),
     ("gather", "ulysses"),
@@ -40,12 +41,16 @@ def test_every_mixer_equals_one_rank(ranks):
 def check_mixers(axis: Axis) -> None:
     torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
     every = list(schemes(axis))
-    for i, (name, options) in enumerate(CASES):
+    sections = compose([])["mixer"]
+    for i, (name, chosen) in enumerate(CASES):
+        multiple = make_mixer(name).token_multiple
+        options = {key: x for key, x in SMALL.items() if key in sections[name]} | chosen
         for j, (case, peers) in enumerate(cases(axis.ranks)):
-            if (i + j) % 3 or not fits(peers, make_mixer(name).token_multiple):
+            if (i + j) % len(every) or not fits(peers, multiple):
                 continue  # the next mixers have that one
-            found = error(name, options, every[(i + j // 3) % len(every)], peers, axis)
-            assert found < 1e-10, (name, options, case, SCHEMES[(i + j // 3) % len(every)], found)
+            scheme = (i + j // len(every)) % len(every)
+            found = error(name, options, every[scheme], peers, axis)
+            assert found < 1e-10, (name, options, case, SCHEMES[scheme], found)
 
 
 def schemes(axis: Axis) -> Iterator[Schemes]:
