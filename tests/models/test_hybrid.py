@@ -120,6 +120,20 @@ def test_checkpoint_keys_do_not_depend_on_the_ops():
     assert chosen == definition
 
 
+def test_a_model_may_do_without_feed_forward_layers():
+    model = make_model(["model=mamba2"])
+    names = set(model.layers[0].state_dict())
+    assert names == {
+        "mixer_norm.weight",
+        *(f"mixer.{name}" for name in model.layers[0].mixer.state_dict()),
+    }
+    mixers = sum(layer.mixer.flops_per_token(9) for layer in model.layers)
+    assert model.flops_per_token(9) == mixers + 2 * model.head_weight.numel()
+    assert model.active_parameters() == sum(p.numel() for p in model.parameters())
+    blocks = make_model(["model=mamba2", "model.residual_block=2"])
+    assert [layer.mixer_residual.opens_block for layer in blocks.layers] == [True, False] * 4
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -135,6 +149,8 @@ def test_checkpoint_keys_do_not_depend_on_the_ops():
         ("+mixer.gqa.rope_scaling.factor=8 model=transformer", "rope_scaling is {'factor': 8}"),
         ("mixer.mla.rope_frequencies=[1.0,0.1]", r"mixer\.mla\.rope_frequencies are 2; 16 rotary"),
         ("model.ffn.hidden=-4", "hidden is -4"),
+        ("model.ffn=null", "model.ffn is null and moe is not"),
+        ("mixer.gqa.window=0 model=transformer", r"mixer\.gqa\.window is 0; it must be at least 1"),
         ("mixer.kda.num_heads=0", "num_heads is 0"),
         ("model.residual_block=0", "residual_block is 0"),
     ],

@@ -10,6 +10,7 @@ from transformers import (
 )
 
 from models.checkpoints import mamba2
+from models.checkpoints.families import FAMILIES
 from models.checkpoints.table import Entry, KeyTable, Part, same
 from models.ops.select import Ops
 from models.sequence import SequenceInfo
@@ -203,6 +204,13 @@ def test_what_the_family_cannot_hold_is_named(override, message):
     with pytest.raises(ValueError) as error:
         mamba2.export_config(config)
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("family", ["kimi_linear", "llama"])
+def test_other_families_have_feed_forward_layers(family):
+    config = compose(["model=transformer", "model.ffn=null", "model.moe=null"])
+    with pytest.raises(ValueError, match=f"model.ffn is null; {family} has a feed-forward in"):
+        FAMILIES[family].export_config(config)
 
 
 def test_a_config_that_we_do_not_compute_is_refused(tmp_path):
