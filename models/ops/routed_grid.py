@@ -14,6 +14,7 @@ from torch import Tensor
 
 from models.ops.routed import ABSENT
 from models.ops.runs import runs
+from models.precision import widen
 from models.sequence import SequenceInfo
 
 
@@ -60,8 +61,9 @@ class ChunkGrid:
         return self.join(x.unsqueeze(2).expand(-1, -1, self.chunk, *x.shape[2:]))
 
     def mean(self, x: Tensor) -> Tensor:
-        """[batch, seq, ...] -> [batch, chunks, ...], over the tokens that a chunk has."""
-        total = self.cut(x).sum(2)
+        """[batch, seq, ...] -> [batch, chunks, ...], over the tokens that a chunk has; fp32 or
+        wider."""
+        total = self.cut(x).sum(2, dtype=widen(x[:0]).dtype)
         return total / self.length.clamp(min=1).view(*self.shape, *[1] * (x.dim() - 2))
 
 

@@ -21,15 +21,18 @@ def make_router(**keywords) -> LearnedRouter:
     return randomise(LearnedRouter(WIDTH, num_heads=HEADS, **keywords).double())
 
 
-def means(grid: ChunkGrid) -> Tensor:
+def draw(*shape: int) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    shape = (*grid.shape, WIDTH)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def means(grid: ChunkGrid) -> Tensor:
+    return draw(*grid.shape, WIDTH).requires_grad_()
 
 
 def test_a_chunk_is_pooled_over_the_tokens_that_it_has():
     grid = chunk_grid(INFO, CHUNK)
-    x = torch.randn(2, 20, WIDTH, dtype=torch.float64)
+    x = draw(2, 20, WIDTH)
     lengths = [[4, 4, 4, 1, 4, 3], [4, 4, 4, 4, 4]]
     expected = [
         torch.stack([part.mean(0) for part in row.split(sizes)])
@@ -49,8 +52,7 @@ def test_gradients_are_straight_through(counterfactual):
     router, mean = make_router(temperature=0.5, counterfactual=counterfactual), means(grid)
     keep, write = router(mean, grid)
     assert keep.unique().tolist() == [0, 1] and torch.equal(keep + write, torch.ones_like(keep))
-    generator = torch.Generator().manual_seed(2)
-    outer = torch.randn(2, *keep.shape, generator=generator, dtype=torch.float64)
+    outer = draw(2, *keep.shape)
     got = torch.autograd.grad((outer * torch.stack((keep, write))).sum(), mean)
     logits = (mean @ router.weight.mT).unflatten(-1, (HEADS, 2))
     assert torch.equal(logits.argmax(-1) == 0, keep == 1)
@@ -120,7 +122,7 @@ def test_the_cache_holds_kept_chunks_alone():
     """Of each head its own ones, in as many slots as the fullest needs."""
     mixer = make_mixer("nats_l", chunk=8, router="random", static_share=0.4)
     cache: dict[str, Tensor] = {}
-    x = torch.randn(1, 84, 24, dtype=torch.float64)
+    x = draw(1, 84, 24)
     mixer(x[:, :50], SequenceInfo.span(1, 0, 50), cache)
     mixer(x[:, 50:], SequenceInfo.span(1, 50, 84), cache)
     grid = chunk_grid(SequenceInfo.span(1, 0, 80), 8)
@@ -136,7 +138,7 @@ def test_the_cache_holds_kept_chunks_alone():
 def test_heads_route_differently_and_own_head_counts():
     mixer = make_mixer("nats_l", chunk=8)
     info = SequenceInfo.from_lengths([[80]])
-    mixer(torch.randn(1, 80, 24, dtype=torch.float64), info).sum().backward()
+    mixer(draw(1, 80, 24), info).sum().backward()
     kept, written = mixer.router.counts.unflatten(0, (2, 2)).unbind(1)
     assert (kept + written).tolist() == [80, 80]
     assert kept[0] != kept[1]

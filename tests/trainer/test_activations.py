@@ -39,6 +39,7 @@ SIZES = [
     "mixer.gdn={num_heads: 2, head_dim: 16}",
     "mixer.mamba2={num_heads: 2, head_dim: 32, state_dim: 32}",
     "mixer.lightning={num_heads: 2, head_dim: 32}",
+    "mixer.nats_l={num_heads: 2, softmax_heads: 2, head_dim: 32, expand_v: 1, chunk: 16}",
 ]
 PATTERN = f"model.pattern=[{','.join(MIXERS)}]"
 FORMATS: tuple[Format | None, ...] = (None, "int8")
@@ -117,13 +118,13 @@ def test_experts_are_those_of_the_forward():
     plain, rounded = model(dtype=torch.float32), model(dtype=torch.float32)
     chosen: list[Tensor] = []
     store(rounded, "fp8", checkpointed=True)
-    for module in rounded.modules():
-        if isinstance(module, GroupedExperts):
-            module.register_forward_pre_hook(lambda _, args: chosen.append(args[2]))
+    experts = [module for module in rounded.modules() if isinstance(module, GroupedExperts)]
+    for module in experts:
+        module.register_forward_pre_hook(lambda _, args: chosen.append(args[2]))
     expected = gradients(plain, batch(), torch.bfloat16)
     found = errors(gradients(rounded, batch(), torch.bfloat16), expected)
     assert found[len(found) // 2] < BOUNDS["fp8", True][1]
-    layers = len(rounded.routers())
+    layers = len(experts)
     assert len(chosen) == 2 * layers
     for forward, again in zip(chosen[:layers], reversed(chosen[layers:]), strict=True):
         assert forward.equal(again)

@@ -23,6 +23,7 @@ MODELS: dict[str, tuple[str, ...]] = {
     "transformer": (),
     "mla": (),
     "gdn_hybrid": (),
+    "nats_l": (),
     "lightning": (),
     "mamba2": ("model.ffn", "model.moe"),
     "zebra_llama": ("model.moe", "mixer.mamba2"),

@@ -17,8 +17,7 @@ from trainer.console import close_logging
 from trainer.data import build_tokenizer
 from trainer.routing_map import Routed, page, route
 
-SHAPE = [*MODEL, "model=nats_l", "model.pattern=[kda,nats_l]", "mixer.nats_l.head_dim=8"]
-SHAPE += ["mixer.nats_l.chunk=8"]
+SHAPE = [*MODEL, "model=nats_l", "model.pattern=[kda,nats_l]"]
 
 
 @pytest.fixture(scope="module")

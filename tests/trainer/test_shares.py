@@ -7,8 +7,6 @@ from tests.trainer.tiny import build
 NATS_L = [
     "model=nats_l",
     "model.pattern=[kda,nats_l]",
-    "mixer.nats_l.head_dim=8",
-    "mixer.nats_l.chunk=8",
     "trainer.router_bias_rate=0.25",
 ]
 HEADS = [f"softmax_share/{layer}/{head}" for layer in (1, 3) for head in (0, 1)]
