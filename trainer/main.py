@@ -273,8 +273,8 @@ def inspect_routing(config: dict[str, Any]) -> None:
 
 def convert(config: dict[str, Any]) -> None:
     """Prints the folder that was written."""
-    recipe = config.pop("recipe", None)
-    data = config.pop("data")
+    recipe, data = config.pop("recipe", None), config.pop("data")
+    config.pop("tasks")  # which data=task refers to
     if recipe is None:
         print(call(write_weights, config, ""))
         return

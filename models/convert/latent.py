@@ -49,7 +49,8 @@ def to_latent(
     stages = part_rope(attention, teacher, options, moment)
     parted = stages[-1].form
     kv, exact = compress_keys(attention, parted, options, moment)
-    form, queries = with_keys(parted, kv), None
+    form = with_keys(parted, kv)
+    queries: LowRank | None = None
     stages.append(Stage("kv_rank", exact, form))
     if options.q_rank is not None:
         queries, exact = compress_queries(attention, form, options, moment)

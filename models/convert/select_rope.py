@@ -61,7 +61,7 @@ def choose_pairs(attention: Attention, count: int, choice: Pairs, moment: Tensor
 
 def _others(kept: Tensor, total: int) -> Tensor:
     """[N, total - count], ascending."""
-    left = torch.ones(len(kept), total, dtype=torch.bool).scatter(1, kept, False)
+    left = kept.new_ones(len(kept), total, dtype=torch.bool).scatter(1, kept, False)
     return left.nonzero()[:, 1].view(len(kept), -1)
 
 

@@ -14,7 +14,6 @@ import torch
 import yaml
 
 from models.checkpoints.shards import write_shards
-from models.ops.select import Ops
 from parallel.mesh import join
 from trainer.checkpoint.convert import DTYPES, Dtype, cast, copy_tokenizer, new_folder, shard_bytes
 from trainer.checkpoint.weights import WeightSource, open_weights
@@ -69,8 +68,7 @@ def upcycle(
 
 
 def build_conversion(weights: WeightSource, recipe: Recipe, data: Mapping[str, Any]) -> Conversion:
-    device = join().device
-    ops = Ops(device=device)
+    """data: the section, with the tokenizer of the source."""
     batches = calibration(data, recipe, weights.config["model"])
     torch.manual_seed(recipe.seed)
-    return Conversion(weights, recipe, Teacher(weights, batches, ops=ops, device=device), ops=ops)
+    return Conversion(weights, recipe, Teacher(weights, batches, device=join().device))

@@ -13,7 +13,6 @@ from models.convert.forms import Attention
 from models.convert.measure import Row, errors
 from models.convert.source import is_attention, read_attention
 from models.mixer import Mixer
-from models.ops.select import Ops
 from models.precision import Island
 from trainer.checkpoint.weights import WeightSource
 from trainer.construct import construct
@@ -29,10 +28,8 @@ class Conversion:
     Raises ConfigError, at once for layers that cannot be converted, else where it comes to them.
     """
 
-    def __init__(
-        self, weights: WeightSource, recipe: Recipe, teacher: Teacher, *, ops: Ops
-    ) -> None:
-        self.weights, self.teacher, self.ops = weights, teacher, ops
+    def __init__(self, weights: WeightSource, recipe: Recipe, teacher: Teacher) -> None:
+        self.weights, self.teacher = weights, teacher
         self.sections = weights.config["mixer"]
         self.names = layer_mixers(weights.config["model"])
         self.plan = make_plan(self.names, self.sections, recipe)
@@ -98,7 +95,7 @@ class Conversion:
         """In fp64, with initial values where the conversion gives none."""
         d_model = self.weights.config["model"]["d_model"]
         with torch.device(self.teacher.device):
-            mixer: Mixer = construct(made.section, "mixer", ops=self.ops)(d_model)
+            mixer: Mixer = construct(made.section, "mixer", ops=self.teacher.ops)(d_model)
         with torch.no_grad():
             self.teacher.model.reset_unit(mixer)
             made.fill(mixer.double())

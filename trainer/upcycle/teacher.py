@@ -36,18 +36,16 @@ class Teacher:
     """Holds one layer and the rows' hidden states at a time."""
 
     def __init__(
-        self, weights: WeightSource, batches: Sequence[Batch], *, ops: Ops, device: torch.device
+        self, weights: WeightSource, batches: Sequence[Batch], *, device: torch.device
     ) -> None:
-        sections = weights.config
-        vocab_size = sections["model"]["vocab_size"]
-        self.model = build_model(
-            sections["model"], sections["mixer"], vocab_size=vocab_size, ops=ops
-        )
-        self.model.eval()
         embedding = weights.get("embed.weight")
         # In fp32 or wider, so that what is measured is the conversion.
         self.dtype = torch.promote_types(embedding.dtype, torch.float32)
         self.device = device
+        self.ops = Ops(device=device, dtype=self.dtype)
+        model, mixer = weights.config["model"], weights.config["mixer"]
+        self.model = build_model(model, mixer, vocab_size=model["vocab_size"], ops=self.ops)
+        self.model.eval()
         self.infos = [batch.info.to(device) for batch in batches]
         self.streams: list[Stream] = [
             (F.embedding(batch.tokens, embedding).to(device, self.dtype),) for batch in batches
