@@ -1,6 +1,7 @@
 """How far a conversion is from what it converts, on rows of input."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,8 @@ class Error(NamedTuple):
     outputs: float  # of the layer, before any gate
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Row:
     """The input of a layer, packed documents without padding."""
 
     x: Tensor  # [S, d_model]
