@@ -13,6 +13,7 @@ from models.checks import positive
 from models.mixer import Cache, Mixer, extend
 from models.norm import RMSNorm
 from models.ops.select import Ops
+from models.precision import autocast
 from models.rope import make_rope
 from models.sequence import SequenceInfo
 
@@ -115,7 +116,8 @@ class MultiHeadLatentAttention(Mixer):
 
     def _up_weight(self) -> Tensor:
         """[num_heads, nope_dim + v_dim, kv_rank]: heads that share keys have the same."""
-        up = self.kv_up.weight.unflatten(0, (self.num_kv_heads, self.nope_dim + self.v_dim))
+        (weight,) = autocast(self.kv_up.weight)  # like that of a linear layer
+        up = weight.unflatten(0, (self.num_kv_heads, self.nope_dim + self.v_dim))
         return up.repeat_interleave(self.num_heads // self.num_kv_heads, dim=0)
 
     def flops_per_token(self, context: float) -> float:
