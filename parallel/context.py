@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import nn
 
+from models.ops.routed import RoutedAttention
 from models.sequence import (
     CausalConv,
     LatentAttention,
@@ -18,6 +19,7 @@ from parallel.gather import GatherAttention
 from parallel.halo import HaloExchange
 from parallel.latent import LatentGather, LatentRing, LatentUlysses
 from parallel.ring import RingAttention
+from parallel.routed import RoutedGather, RoutedRing, RoutedUlysses
 from parallel.state_passing import StatePassing, UlyssesRecurrence
 from parallel.ulysses import UlyssesAttention
 
@@ -29,6 +31,11 @@ _SOFTMAX: dict[str, Scheme] = {
     "ring": RingAttention,
     "gather": GatherAttention,
     "ulysses": UlyssesAttention,
+}
+_ROUTED: dict[str, Scheme] = {
+    "ring": RoutedRing,
+    "gather": RoutedGather,
+    "ulysses": RoutedUlysses,
 }
 _LATENT: dict[str, Scheme] = {
     "ring": LatentRing,
@@ -72,7 +79,7 @@ def build_schemes(
     scan_ranks: int,
     outer: Literal["ring", "gather"],
 ) -> dict[type[SequenceOp], Callable[[SequenceOp], SequenceOp]]:
-    """The scheme of each contract, by name.
+    """The scheme of each contract, by name; routed attention has that of softmax.
 
     usp is ulysses over the `ulysses` axis around `outer` over the `ring` axis; all others use the
     whole context axis. Above scan_ranks ranks, states are passed by a scan in log2(ranks) rounds.
@@ -92,6 +99,7 @@ def build_schemes(
 
     return {
         SoftmaxAttention: attention(_SOFTMAX, softmax),
+        RoutedAttention: attention(_ROUTED, softmax),
         LatentAttention: attention(_LATENT, latent),
         LinearRecurrence: passing if recurrence == "state_passing" else heads,
         CausalConv: partial(HaloExchange, axis=context),
@@ -100,5 +108,5 @@ def build_schemes(
 
 def heads_needed(module: nn.Module) -> int:
     """The most ranks over which a scheme inside `module` divides heads; 1 if none does."""
-    divided = (UlyssesAttention, LatentUlysses, UlyssesRecurrence)
+    divided = (UlyssesAttention, RoutedUlysses, LatentUlysses, UlyssesRecurrence)
     return max([1, *(m.axis.ranks for m in module.modules() if isinstance(m, divided))])

@@ -62,9 +62,8 @@ def planned(outer: Outer, peers: Sequence[Row], rank: int, *, causal: bool = Tru
 def softmax_bytes(shape: SoftmaxShape, move: Moved, *, size: int) -> Bytes:
     """Of ring or gather; size: bytes of an activation."""
     values = shape.kv_heads * (shape.dim + shape.v_dim)
-    return Bytes(
-        move.keys * values * size, move.again * values * size + move.grads * values * max(size, 4)
-    )
+    backward = move.again * values * size + move.grads * values * max(size, 4)
+    return Bytes(round(shape.kept * move.keys * values * size), round(shape.kept * backward))
 
 
 def latent_bytes(shape: LatentShape, move: Moved, outer: Outer, *, size: int) -> Bytes:
@@ -95,6 +94,8 @@ def softmax_usp_bytes(
 ) -> Bytes:
     """Ulysses over `ulysses` of the ranks, and ring or gather over the others for its heads."""
     inner = softmax_heads_bytes(shape, tokens=tokens, ranks=ulysses, size=size)
+    # A ring of kept chunks takes them from their owners, in the backward too, as a gather does.
+    outer = outer if shape.kept == 1 else "gather"
     # ulysses times the tokens for 1 / ulysses of the heads
     across = moved(outer, tokens=tokens, ranks=ranks // ulysses)
     return inner + softmax_bytes(shape, across, size=size)

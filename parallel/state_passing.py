@@ -77,7 +77,8 @@ class StatePassing(LinearRecurrence):
     can without a state, and every other stretch of whole documents; the backward of the remaining
     stretches runs while the gradients travel.
 
-    final_state is that of the last local token. Raises ValueError for an initial state.
+    final_state is that of the last local token. gates: further tensors of `op` by token and head.
+    Raises ValueError for an initial state.
     """
 
     def __init__(self, op: LinearRecurrence, *, axis: Axis, scan_ranks: int = 32) -> None:
@@ -97,13 +98,15 @@ class StatePassing(LinearRecurrence):
         info: SequenceInfo,
         *,
         initial_state: Tensor | None = None,
+        **gates: Tensor | None,
     ) -> Recurrent:
         _refuse(initial_state)
+        tensors = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta} | _given(gates)
         rank = place_on(self.axis, info)
         if rank is None:
-            return self.op(q, k, v, log_decay, beta, info)
+            return self.op(**tensors, info=info)
         plan = segments(info.peers, rank)
-        local = _Local(self.op, plan, (q, k, v, log_decay, beta), info.index.device)
+        local = _Local(self.op, plan, tensors, info.index.device)
         chain = self._chain(info.peers, k, v)
         leaving = [s for s in plan if not s.last]
         between = [s for s in leaving if s.entered]
@@ -144,8 +147,8 @@ class UlyssesRecurrence(LinearRecurrence):
     Where no document is cut it runs on the local row, and nothing is sent.
 
     op: a local one, or `StatePassing` over the groups that the axes of this kind form. final_state
-    is that of the own heads after the last token of the group. Raises ValueError for an initial
-    state and for more ranks than heads.
+    is that of the own heads after the last token of the group. gates: further tensors of `op` by
+    token and head. Raises ValueError for an initial state and for more ranks than heads.
     """
 
     def __init__(self, op: LinearRecurrence, *, axis: Axis) -> None:
@@ -164,16 +167,24 @@ class UlyssesRecurrence(LinearRecurrence):
         info: SequenceInfo,
         *,
         initial_state: Tensor | None = None,
+        **gates: Tensor | None,
     ) -> Recurrent:
         _refuse(initial_state)
         own_rank(info)
+        by_head = {"beta": beta} | _given(gates)
         if not chains(info.peers):
-            return self.op(q, k, v, log_decay, beta, info)
+            return self.op(q, k, v, log_decay, info=info, **by_head)
         exchange = HeadExchange(self.axis, info, heads=q.shape[2], op="recurrence")
         exchange.check_inner(self.op, StatePassing)
-        *tensors, beta = exchange.to_heads(q, k, v, log_decay, beta.unsqueeze(-1))
-        output, final = self.op(*tensors, beta.squeeze(-1), exchange.info)
+        numbers = [x.unsqueeze(-1) for x in by_head.values()]
+        q, k, v, log_decay, *numbers = exchange.to_heads(q, k, v, log_decay, *numbers)
+        by_head = {name: x.squeeze(-1) for name, x in zip(by_head, numbers, strict=True)}
+        output, final = self.op(q, k, v, log_decay, info=exchange.info, **by_head)
         return Recurrent(exchange.to_tokens(output), final)
+
+
+def _given(gates: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    return {name: gate for name, gate in gates.items() if gate is not None}
 
 
 def _refuse(initial_state: Tensor | None) -> None:
@@ -191,15 +202,15 @@ class _Local:
         self,
         op: LinearRecurrence,
         plan: tuple[Segment, ...],
-        tensors: tuple[Tensor, ...],
+        tensors: dict[str, Tensor],
         device: torch.device,
     ) -> None:
         self.op = op
         # Not sliced: the gradient of every slice would be as long as the row.
         lengths = [segment.stop - segment.start for segment in plan]
-        pieces = (x.split(lengths, dim=1) if len(plan) > 1 else (x,) for x in tensors)
-        self.arguments = {
-            segment: (*parts, row_info(segment.row, device))
+        pieces = [x.split(lengths, dim=1) if len(plan) > 1 else (x,) for x in tensors.values()]
+        self.arguments: dict[Segment, dict[str, Any]] = {
+            segment: dict(zip(tensors, parts, strict=True), info=row_info(segment.row, device))
             for segment, parts in zip(plan, zip(*pieces, strict=True), strict=True)
         }
         self.responses: dict[Segment, Response] = {}
@@ -207,11 +218,11 @@ class _Local:
 
     def run(self, chosen: Iterable[Segment]) -> None:
         for segment in chosen:
-            self.results[segment] = self.op(*self.arguments[segment])
+            self.results[segment] = self.op(**self.arguments[segment])
 
     def respond(self, chosen: Iterable[Segment]) -> None:
         for segment in chosen:
-            self.responses[segment] = self.op.response(*self.arguments[segment])
+            self.responses[segment] = self.op.response(**self.arguments[segment])
 
     def enter(self, chosen: Iterable[Segment], states: dict[Link, Tensor]) -> None:
         for segment in chosen:

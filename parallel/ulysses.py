@@ -172,12 +172,13 @@ class UlyssesAttention(SoftmaxScheme):
         exchange.check_inner(self.op, SoftmaxScheme)
         group = q.shape[2] // k.shape[2]
         q, k, v = exchange.to_heads(q, k, v)
-        counts = _repeats(exchange.own, group)
-        output = self.op(q, _repeat(k, counts), _repeat(v, counts), exchange.info, **options)
+        counts = repeats(exchange.own, group)
+        k, v = (repeat_heads(x, counts) for x in (k, v))
+        output = self.op(q, k, v, exchange.info, **options)
         return exchange.to_tokens(output)
 
 
-def _repeats(own: range, group: int) -> list[int]:
+def repeats(own: range, group: int) -> list[int]:
     """How often to repeat each local key head so that all serve equally many of the own heads."""
     served = [
         len(own[max(0, h - own.start) : h + group - own.start])
@@ -186,7 +187,7 @@ def _repeats(own: range, group: int) -> list[int]:
     return [count // gcd(*served) for count in served]
 
 
-def _repeat(x: Tensor, counts: list[int]) -> Tensor:
+def repeat_heads(x: Tensor, counts: list[int]) -> Tensor:
     """Head i of [1, seq, heads, dim] counts[i] times."""
     if max(counts) == 1:
         return x

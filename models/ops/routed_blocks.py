@@ -209,7 +209,7 @@ def causal(q: Tensor, k: Tensor) -> Tensor:
     return (query.unsqueeze(1) >= torch.arange(tokens, device=q.device)).unsqueeze(1)
 
 
-def own(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def own_chunks(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Output and lse of queries over the keys of their own chunk up to themselves."""
     output, lse = q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3])
     q_rows, k_rows, v_rows = (_as_rows(x) for x in (q, k, v))

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from models.ops.routed import ABSENT, RoutedAttention, RoutedKeys
-from models.ops.routed_blocks import Plan, Sight, block, block_backward, own, own_backward
+from models.ops.routed_blocks import (
+    Grads,
+    Plan,
+    Sight,
+    block,
+    block_backward,
+    own_backward,
+    own_chunks,
+)
 from models.ops.routed_grid import ChunkGrid, chunk_grid
 from models.ops.softmax import merge_
 from models.precision import autocast, full_precision, widen
@@ -102,14 +110,23 @@ class TiledRoutedAttention(RoutedAttention):
     ) -> Tensor:
         q, k, v = autocast(q, k, v)
         grid = chunk_grid(info, self.chunk)
-        scale = scale or q.shape[-1] ** -0.5
         with full_precision(q):
-            queries = query_rows(grid.cut(widen(q) * scale), k.shape[2])
-            keys, values = (key_rows(grid.cut(widen(x))) for x in (k, v))
-            gates = keep_rows(grid.cut(keep)[:, :, 0])
-            rows = _Routed.apply(queries, keys, values, gates, grid, self, past)
-            output = grid.join(from_query_rows(rows, k.shape[0], self.chunk))
-        return output.to(q.dtype)
+            output = _Routed.apply(*rows_of(q, k, v, keep, grid, scale), grid, self, past)
+            return tokens_of(output, q, grid)
+
+
+def rows_of(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, grid: ChunkGrid, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries, keys, values and gates [R, N] as rows: queries scaled, in fp32 or wider."""
+    queries = query_rows(grid.cut(widen(q) * (scale or q.shape[-1] ** -0.5)), k.shape[2])
+    keys, values = (key_rows(grid.cut(x)) for x in (k, v))
+    return queries, keys, values, keep_rows(grid.cut(keep)[:, :, 0])
+
+
+def tokens_of(output: Tensor, q: Tensor, grid: ChunkGrid) -> Tensor:
+    """Output in rows -> [batch, seq, heads, v_dim], in the dtype of q."""
+    return grid.join(from_query_rows(output, q.shape[0], grid.chunk)).to(q.dtype)
 
 
 def query_rows(x: Tensor, kv_heads: int) -> Tensor:
@@ -164,6 +181,58 @@ def remember(
     return RoutedKeys(k, v, start[..., :slots].clone())
 
 
+class Attending:
+    """Attention of rows of queries to their own chunks, if `own`, to which others are added.
+
+    q, k, v: in rows, in fp32 or wider.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, grid: ChunkGrid, *, own: bool) -> None:
+        self.q, self.sight = q, sight(grid, len(q) // grid.shape[0])
+        if own:
+            self.output, self.lse = own_chunks(q, k, v)
+        else:
+            self.output = q.new_zeros(*q.shape[:3], v.shape[-1])
+            self.lse = q.new_full(q.shape[:3], -torch.inf)
+
+    def add(self, k: Tensor, v: Tensor, index: Tensor) -> Plan:
+        """Earlier chunks at these indices [R, M]; -> who sees them, for the backward."""
+        plan = Plan.make(index, self.sight, k.shape[2], self.q.shape[2])
+        if plan.groups:
+            merge_(self.output, self.lse, *block(self.q, k, v, plan))
+        return plan
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Output and lse; the latter is inf where a query sees no key, and so has no gradient."""
+        return self.output, self.lse.masked_fill(self.lse == -torch.inf, torch.inf)
+
+
+class Gradients:
+    """Gradients of q and of chunks of keys, under what `Attending` gave; all in rows."""
+
+    def __init__(self, grad: Tensor, q: Tensor, output: Tensor, lse: Tensor) -> None:
+        self.grad, self.q, self.lse = grad, q, lse
+        self.delta = (grad * output).sum(-1)
+
+    def of(self, k: Tensor, v: Tensor, plan: Plan) -> Grads:
+        return block_backward(self.grad, self.q, k, v, self.lse, self.delta, plan)
+
+    def local(
+        self, op: RoutedAttention, k: Tensor, v: Tensor, gates: Tensor, grid: ChunkGrid, plan: Plan
+    ) -> Grads:
+        """Of the own keys due to the own queries; plan: of the chunks that are kept."""
+        grads = self.of(k, v, plan)
+        if op.own:
+            parts = own_backward(self.grad, self.q, k, v, self.lse, self.delta)
+            for total, part in zip(grads[:3], parts, strict=True):
+                total += part
+        if op.counterfactual:
+            view = sight(grid, len(k) // grid.shape[0])
+            dropped = Plan.make(kept_index(gates <= 0, grid), view, k.shape[2], self.q.shape[2])
+            grads = grads._replace(gate=grads.gate + self.of(k, v, dropped).gate)
+        return grads
+
+
 class _Routed(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -176,17 +245,13 @@ class _Routed(torch.autograd.Function):
         op: RoutedAttention,
         past: RoutedKeys | None,
     ) -> Tensor:
-        view = sight(grid, len(q) // grid.shape[0])
-        sizes = k.shape[2], q.shape[2]
-        plan = Plan.make(kept_index(gates > 0, grid), view, *sizes)
-        output, lse = block(q, k, v, plan)
-        if op.own:
-            merge_(output, lse, *own(q, k, v))
+        keys, values = widen(k), widen(v)
+        attention = Attending(q, keys, values, grid, own=op.own)
+        plan = attention.add(keys, values, kept_index(gates > 0, grid))
         if past is not None:
-            keys, values, index = (x.flatten(0, 1) for x in past)
-            shown = Plan.make(index, view, *sizes)
-            merge_(output, lse, *block(q, widen(keys), widen(values), shown))
-        lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # no gradient where no key is seen
+            earlier, index = (widen(x.flatten(0, 1)) for x in past[:2]), past.start.flatten(0, 1)
+            attention.add(*earlier, index)
+        output, lse = attention.finish()
         ctx.save_for_backward(q, k, v, gates, output, lse)
         ctx.grid, ctx.plan, ctx.op = grid, plan, op
         return output
@@ -194,14 +259,7 @@ class _Routed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
         q, k, v, gates, output, lse = ctx.saved_tensors
-        delta = (grad * output).sum(-1)
-        saved = grad, q, k, v, lse, delta
-        grads = block_backward(*saved, ctx.plan)
-        if ctx.op.own:
-            for total, part in zip(grads[:3], own_backward(*saved), strict=True):
-                total += part
-        if ctx.op.counterfactual:
-            view = sight(ctx.grid, len(q) // ctx.grid.shape[0])
-            plan = Plan.make(kept_index(gates <= 0, ctx.grid), view, k.shape[2], q.shape[2])
-            grads = grads._replace(gate=grads.gate + block_backward(*saved, plan).gate)
-        return *grads, None, None, None
+        gradients = Gradients(grad, q, output, lse)
+        grads = gradients.local(ctx.op, widen(k), widen(v), gates, ctx.grid, ctx.plan)
+        of_each = zip(grads, (q, k, v, gates), strict=True)
+        return *(total.to(x.dtype) for total, x in of_each), None, None, None

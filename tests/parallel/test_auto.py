@@ -1,5 +1,7 @@
 """parallel=auto: which scheme is taken where, and that the choice is explained."""
 
+from dataclasses import replace
+
 import pytest
 
 from parallel.auto import Setting, decide
@@ -48,6 +50,14 @@ def test_latent(ranks, node, scheme, ulysses) -> None:
     found = choice({MLA, KDA}, ranks=ranks, node=node)
     assert (found.latent, found.ulysses, found.outer) == (scheme, ulysses, "gather")
     assert found.recurrence == "state_passing"
+
+
+def test_routed_attention_is_softmax_of_which_a_part_travels() -> None:
+    routed = replace(GQA, kept=0.25)
+    found = choice({routed, KDA}, ranks=16)
+    assert (found.softmax, found.ulysses) == ("usp", 8)
+    dense = choice({GQA}, ranks=16).reasons["softmax"]
+    assert "gather 2,880.00" in dense and "gather 720.00" in found.reasons["softmax"]
 
 
 def test_an_operation_that_shares_heads_over_all_ranks_leaves_the_degree_to_others() -> None:

@@ -355,8 +355,8 @@ def gradients(self: chains.Chain, factor: float) -> dict:
     return {link: factor * grad for link, (_, grad) in self._arrived()}
 
 
-def without_reads(self: ChunkedDeltaRule, *tokens) -> Response:
-    response = RESPONSE(self, *tokens)
+def without_reads(self: ChunkedDeltaRule, **tokens) -> Response:
+    response = RESPONSE(self, **tokens)
     return response._replace(reads=torch.zeros_like(response.reads))
 
 

@@ -15,6 +15,8 @@ from parallel.context import apply_context_parallel, build_schemes
 from tests.models.build import MIXERS, compose, make_mixer
 from tests.parallel.layouts import Row, cases, local, rank_info, whole
 from tests.parallel.ranks import on_ranks
+from tests.parallel.routed_schemes import CHUNK
+from tests.parallel.routed_schemes import cases as chunked_cases
 from tests.parallel.test_softmax_schemes import two_axes
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -22,8 +24,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("gqa", {"window": 5}),
     ("gdn", {"num_key_heads": 2}),
     ("mamba2", {"num_kv_heads": 2, "num_groups": 4}),
+    ("nats_l", {"router_grad": "counterfactual"}),
 ]
-SMALL = {"num_heads": 4, "head_dim": 8, "state_dim": 8}  # where a mixer has these
+SMALL = {"num_heads": 4, "head_dim": 8, "state_dim": 8, "chunk": CHUNK}  # where a mixer has these
 SCHEMES = (  # softmax and latent, recurrence
     ("ring", "state_passing"),
     ("gather", "ulysses"),
@@ -43,10 +46,10 @@ def check_mixers(axis: Axis) -> None:
     every = list(schemes(axis))
     sections = compose([])["mixer"]
     for i, (name, chosen) in enumerate(CASES):
-        multiple = make_mixer(name).token_multiple
         options = {key: x for key, x in SMALL.items() if key in sections[name]} | chosen
-        for j, (case, peers) in enumerate(cases(axis.ranks)):
-            if (i + j) % len(every) or not fits(peers, multiple):
+        layouts = cases if make_mixer(name, **options).token_multiple == 1 else chunked_cases
+        for j, (case, peers) in enumerate(layouts(axis.ranks)):
+            if (i + j) % len(every):
                 continue  # the next mixers have that one
             scheme = (i + j // len(every)) % len(every)
             found = error(name, options, every[scheme], peers, axis)
@@ -60,10 +63,6 @@ def schemes(axis: Axis) -> Iterator[Schemes]:
         names: dict[str, Any] = {"softmax": attention, "latent": attention}
         names |= {"recurrence": recurrence, "scan_ranks": 3, "outer": "ring"}
         yield build_schemes(**axes, **names)
-
-
-def fits(peers: tuple[Row, ...], multiple: int) -> bool:
-    return all(fragment.length % multiple == 0 for row in peers for fragment in row)
 
 
 def error(
