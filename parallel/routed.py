@@ -169,24 +169,25 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
         q, k, v, gates, output, lse = ctx.saved_tensors
-        gradients = Gradients(grad, q, output, lse)
-        ways = [*ctx.ways, *_counterfactual(ctx, q, k)]
-        coming = ways[0].parcels.fetch(k, v, direction="backward")
-        local = widen(k), widen(v), gates, ctx.grid, ctx.plan
-        total = gradients.local(ctx.scheme, *local)
-        returning: tuple[Way, Pending] | None = None
-        for way, following in pairwise([*ways, None]):
-            message = coming.wait()
-            if following is not None:
-                coming = following.parcels.fetch(k, v, direction="backward")
-            grads = gradients.of(*map(widen, way.parcels.unpack(message, k, v)), way.plan)
-            if way.kept:
-                total.q.add_(grads.q)
+        with full_precision(grad):
+            gradients = Gradients(grad, q, output, lse)
+            ways = [*ctx.ways, *_counterfactual(ctx, q, k)]
+            coming = ways[0].parcels.fetch(k, v, direction="backward")
+            local = widen(k), widen(v), gates, ctx.grid, ctx.plan
+            total = gradients.local(ctx.scheme, *local)
+            returning: tuple[Way, Pending] | None = None
+            for way, following in pairwise([*ways, None]):
+                message = coming.wait()
+                if following is not None:
+                    coming = following.parcels.fetch(k, v, direction="backward")
+                grads = gradients.of(*map(widen, way.parcels.unpack(message, k, v)), way.plan)
+                if way.kept:
+                    total.q.add_(grads.q)
+                if returning is not None:
+                    _add_returned(*returning, total)
+                returning = way, way.parcels.give_back(*_returned(way, grads))
             if returning is not None:
                 _add_returned(*returning, total)
-            returning = way, way.parcels.give_back(*_returned(way, grads))
-        if returning is not None:
-            _add_returned(*returning, total)
         of_each = zip(total, (q, k, v, gates), strict=True)
         return None, None, *(x.to(like.dtype) for x, like in of_each)
 

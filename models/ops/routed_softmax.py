@@ -259,7 +259,8 @@ class _Routed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
         q, k, v, gates, output, lse = ctx.saved_tensors
-        gradients = Gradients(grad, q, output, lse)
-        grads = gradients.local(ctx.op, widen(k), widen(v), gates, ctx.grid, ctx.plan)
+        with full_precision(grad):
+            gradients = Gradients(grad, q, output, lse)
+            grads = gradients.local(ctx.op, widen(k), widen(v), gates, ctx.grid, ctx.plan)
         of_each = zip(grads, (q, k, v, gates), strict=True)
         return *(total.to(x.dtype) for total, x in of_each), None, None, None

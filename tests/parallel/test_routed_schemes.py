@@ -125,7 +125,7 @@ def check_bytes(axis: Axis) -> None:
     for counterfactual in (False, True):
         op = TiledRoutedAttention(chunk=CHUNK, counterfactual=counterfactual)
         for case, peers in cases(axis.ranks):
-            if not case.startswith("balanced"):
+            if case in ("zigzag edges", "contiguous three ranks", "dealt one"):
                 for scheme in ("ring", "gather"):
                     got = traffic(SCHEMES[scheme](op, axis), axis, peers)
                     assert got == predicted(peers, axis.rank, counterfactual), (case, scheme)

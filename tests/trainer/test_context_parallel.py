@@ -50,6 +50,16 @@ JOBS = {group: [f"parallel={group}", CHECKPOINTING] for group in SCHEMES} | {
 GQA = ["model.pattern=[gqa,kda]", "model.num_layers=2"]
 # A gradient as it is, of weights that make scores, gates and routers decided.
 ONE_STEP = ["trainer.steps=1", "trainer.grad_clip=null", "model.init_std=0.25"]
+ROUTED = [  # chunks that each of four heads keeps or not
+    "model.pattern=[nats_l,kda]",
+    "model.num_layers=2",
+    "mixer.nats_l.num_heads=4",
+    "mixer.nats_l.head_dim=8",
+    "mixer.nats_l.softmax_heads=8",
+    "mixer.nats_l.chunk=8",
+    *ONE_STEP,
+]
+ROUTER_GRAD = dict(zip(SCHEMES, ["selected", "counterfactual"] * 2, strict=True))
 FP32 = [*ONE_STEP, "trainer.precision=fp32"]
 DISAGREEING = ["parallel=ring", "rank 2: parallel.layout=zigzag"]
 
@@ -114,12 +124,17 @@ def alone(folder) -> list[dict]:
     return train_alone(folder, "alone", "trainer.micro_batch_size=4")
 
 
+def routed(group: str) -> list[str]:
+    return [*ROUTED, f"mixer.nats_l.router_grad={ROUTER_GRAD[group]}"]
+
+
 @pytest.fixture(scope="module")
 def errors(folder) -> str:
     """Runs all jobs on four ranks, each in folder/<name>; -> what they printed."""
     jobs = [command(folder, "disagreeing", *DISAGREEING)]  # first: the next ones must go on
     jobs += [command(folder, name, *more) for name, more in JOBS.items()]
     jobs += [command(folder, "gqa", *GQA, "parallel=usp")]
+    jobs += [command(folder, f"routed_{g}", *routed(g), f"parallel={g}") for g in SCHEMES]
     jobs += [command(folder, "whole", "parallel=ring", "trainer.micro_batch_size=4")]
     jobs += [command(folder, f"fp32_{group}", *FP32, f"parallel={group}") for group in SCHEMES]
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -172,6 +187,26 @@ def test_in_fp32_ranks_round_like_one(errors, folder, rounding, group):
 
 def test_attention_over_keys_and_values(errors, folder):
     assert_same(records(folder / "gqa"), train_alone(folder, "gqa_alone", *GQA))
+
+
+@pytest.fixture(scope="module")
+def routed_alone(folder) -> dict[str, tuple[list[dict], dict[str, torch.Tensor]]]:
+    """Records and gradients of one rank, by the gradient that routers get."""
+    found = {}
+    for group in SCHEMES[:2]:
+        name = f"routed_alone_{group}"
+        run = train_alone(folder, name, *routed(group))
+        grads = gradients(trainer_alone(folder, name, *routed(group)))
+        found[ROUTER_GRAD[group]] = run, grads
+    return found
+
+
+@pytest.mark.parametrize("group", SCHEMES)
+def test_routed_tokens(errors, folder, routed_alone, group):
+    run, exact = routed_alone[ROUTER_GRAD[group]]
+    assert_same(records(folder / f"routed_{group}"), run)
+    apart = distances(gradients(trainer_alone(folder, f"routed_{group}", *routed(group))), exact)
+    assert max(apart.values()) < 1e-9, apart
 
 
 def test_where_no_document_is_cut_nothing_is_sent(errors, folder, alone):
