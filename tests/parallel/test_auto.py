@@ -57,7 +57,7 @@ def test_routed_attention_is_softmax_of_which_a_part_travels() -> None:
     found = choice({routed, KDA}, ranks=16)
     assert (found.softmax, found.ulysses) == ("usp", 8)
     dense = choice({GQA}, ranks=16).reasons["softmax"]
-    assert "gather 2,880.00" in dense and "gather 720.00" in found.reasons["softmax"]
+    assert "gather 3,840.00" in dense and "gather 960.00" in found.reasons["softmax"]
 
 
 def test_an_operation_that_shares_heads_over_all_ranks_leaves_the_degree_to_others() -> None:
