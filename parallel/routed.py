@@ -169,6 +169,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
         q, k, v, gates, output, lse = ctx.saved_tensors
+        ctx.scheme.pairs += sum(plan.pairs for plan in (ctx.plan, *(w.plan for w in ctx.ways)))
         with full_precision(grad):
             gradients = Gradients(grad, q, output, lse)
             ways = [*ctx.ways, *_counterfactual(ctx, q, k)]

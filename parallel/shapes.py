@@ -1,7 +1,7 @@
 """What a scheme must know of an operation to say what it would send: heads and widths."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 
@@ -82,17 +82,12 @@ def record_shapes(module: nn.Module, run: Callable[[], object]) -> set[Shape]:
     return found
 
 
-def _softmax(op: SequenceOp, found: set, q: Tensor, k: Tensor, v: Tensor, *_, **__) -> Tensor:
+def _softmax(
+    op: SequenceOp, found: set, q: Tensor, k: Tensor, v: Tensor, *_, kept: float = 1, **__
+) -> Tensor:
     (heads, dim), (kv_heads, v_dim) = q.shape[2:], v.shape[2:]
-    found.add(SoftmaxShape(heads=heads, kv_heads=kv_heads, dim=dim, v_dim=v_dim))
+    found.add(SoftmaxShape(heads=heads, kv_heads=kv_heads, dim=dim, v_dim=v_dim, kept=kept))
     return q.new_empty(*q.shape[:3], v_dim)
-
-
-def _routed(op: SequenceOp, found: set, q: Tensor, k: Tensor, v: Tensor, *_, **__) -> Tensor:
-    softmax: set[SoftmaxShape] = set()
-    output = _softmax(op, softmax, q, k, v)
-    found |= {replace(shape, kept=KEPT) for shape in softmax}
-    return output
 
 
 def _latent(
@@ -135,7 +130,7 @@ def _conv(op: SequenceOp, found: set, x: Tensor, weight: Tensor, *_, **__) -> Te
 
 _RECORDS: dict[type[SequenceOp], Callable] = {
     SoftmaxAttention: _softmax,
-    RoutedAttention: _routed,
+    RoutedAttention: partial(_softmax, kept=KEPT),
     LatentAttention: _latent,
     LinearRecurrence: _recurrence,
     CausalConv: _conv,

@@ -28,7 +28,7 @@ from trainer.guard import Fault, Guard
 from trainer.loader import Loader, Prepared
 from trainer.metrics import Record, peak_memory_gib
 from trainer.sharder import digest
-from trainer.shares import softmax_shares
+from trainer.shares import routed_imbalance, softmax_shares
 from trainer.signals import StopSignals
 
 log = logging.getLogger(__name__)
@@ -178,6 +178,7 @@ class Trainer:
         if self.mesh.context is not None:
             received = torch.tensor(self.mesh.context.traffic.take().total())
             record["comm_bytes"] = int(max_over_ranks(received, self.mesh.group))
+            record |= routed_imbalance(self.engine.model, self.mesh)
         return record
 
     def _set_rope(self, rope: RopeSetting) -> None:

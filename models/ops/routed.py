@@ -39,12 +39,14 @@ class RoutedAttention(SequenceOp):
     A query sees the keys of its own chunk up to itself and, of the earlier chunks of its document,
     those that are kept.
     own: whether a query sees its own chunk. counterfactual: whether a chunk that is not kept has a
-    gradient too, that of keeping a little of it.
+    gradient too, that of keeping a little of it. pairs: of a query's chunk and an earlier one that
+    met, head by head, in all backward passes so far; what uneven work of ranks shows in.
     """
 
     def __init__(self, *, chunk: int, own: bool = True, counterfactual: bool = False) -> None:
         super().__init__()
         self.chunk, self.own, self.counterfactual = chunk, own, counterfactual
+        self.pairs = 0
 
     @abstractmethod
     def forward(

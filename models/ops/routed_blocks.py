@@ -50,6 +50,7 @@ class Plan:
     first: Tensor  # [R, N], first place seen and first behind those seen
     behind: Tensor
     groups: tuple[Group, ...]
+    pairs: int  # of a query chunk and a key chunk that it sees
 
     @classmethod
     def make(cls, index: Tensor, sight: Sight, tokens: int, queries: int) -> "Plan":
@@ -58,6 +59,7 @@ class Plan:
         ordered = ordered.contiguous()
         first_seen, behind_seen = (torch.searchsorted(ordered, x.contiguous()) for x in sight)
         first, behind = torch.stack((first_seen, behind_seen)).cpu()
+        pairs = int((behind - first).clamp(min=0).sum())
         reach = behind.masked_fill(behind <= first, 0).amax(1)
         scores = CUDA_SCORES if index.is_cuda else CPU_SCORES
         groups = []
@@ -67,7 +69,7 @@ class Plan:
             tiles = tuple(_tiles(first[rows], behind[rows], size))
             chosen = None if len(rows) == len(reach) else torch.tensor(rows).to(index.device)
             groups.append(Group(chosen, keys, tiles))
-        return cls(order, first_seen, behind_seen, tuple(groups))
+        return cls(order, first_seen, behind_seen, tuple(groups), pairs)
 
     def places(self, group: Group) -> tuple[Tensor, Tensor]:
         """Row and chunk of the sorted keys of a group, [rows, 1] and [rows, keys]."""

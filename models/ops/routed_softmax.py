@@ -259,6 +259,7 @@ class _Routed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
         q, k, v, gates, output, lse = ctx.saved_tensors
+        ctx.op.pairs += ctx.plan.pairs
         with full_precision(grad):
             gradients = Gradients(grad, q, output, lse)
             grads = gradients.local(ctx.op, widen(k), widen(v), gates, ctx.grid, ctx.plan)

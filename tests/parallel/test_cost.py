@@ -1,6 +1,7 @@
 """The cost model: what it predicts is what the schemes' counters say, on every rank and layout."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from models.ops.conv import ShiftedConv
 from models.ops.decayed_sum import TokenLoopDecayedSum
 from models.ops.delta_rule import TokenLoopDeltaRule
 from models.ops.latent import MaterialisedLatent
+from models.ops.routed_softmax import TiledRoutedAttention
 from models.ops.softmax import EinsumSoftmax
 from models.sequence import Fragment, SequenceInfo
 from parallel.chains import scan_routes
@@ -37,6 +39,7 @@ from parallel.latent import LatentGather, LatentRing, LatentUlysses
 from parallel.layout import plan_layout
 from parallel.ring import RingAttention
 from parallel.shapes import (
+    KEPT,
     ConvShape,
     LatentShape,
     RecurrenceShape,
@@ -50,6 +53,7 @@ from tests.parallel.layouts import Row, cases, rank_info
 from tests.parallel.ranks import on_ranks
 
 SOFTMAX = SoftmaxShape(heads=8, kv_heads=4, dim=3, v_dim=2)
+ROUTED = replace(SOFTMAX, kept=KEPT)
 LATENT = LatentShape(heads=4, dim=5, rope=2, v_dim=3, rank=6)
 RECURRENCE = RecurrenceShape(heads=4, key_dim=3, value_dim=2, decays=3, transition=9)
 SUM = RecurrenceShape(heads=4, key_dim=3, value_dim=2, decays=1, transition=1)
@@ -67,6 +71,7 @@ def inputs(shape: Shape, tokens: int, dtype: torch.dtype) -> list[Tensor]:
         case SoftmaxShape():
             q, kv = (tokens, shape.heads, shape.dim), (tokens, shape.kv_heads)
             dims: list[tuple[int, ...]] = [q, (*kv, shape.dim), (*kv, shape.v_dim)]
+            dims += [kv] if shape.kept < 1 else []
         case LatentShape():
             up = shape.heads, shape.dim - shape.rope + shape.v_dim, shape.rank
             q = tokens, shape.heads, shape.dim
@@ -230,6 +235,7 @@ def test_kimi_linear_48b() -> None:
 def test_shapes_are_those_of_the_operations() -> None:
     ops = {
         SOFTMAX: EinsumSoftmax(),
+        ROUTED: TiledRoutedAttention(chunk=2),
         LATENT: MaterialisedLatent(EinsumSoftmax()),
         RECURRENCE: TokenLoopDeltaRule(),
         SUM: TokenLoopDecayedSum(),

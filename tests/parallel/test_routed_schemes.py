@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from models.ops.routed import ABSENT, RoutedKeys
+from models.ops.routed import ABSENT, RoutedAttention, RoutedKeys
 from models.ops.routed_softmax import DenseRoutedAttention, TiledRoutedAttention
 from models.sequence import Fragment, SequenceInfo
 from parallel import cost
@@ -184,6 +184,27 @@ def check_share(axis: Axis) -> None:
     dist.all_reduce(both)
     got, of_all = both.tolist()
     assert got == pytest.approx(of_all / 2, rel=0.05)
+
+
+def test_pairs_of_chunks_are_those_of_one_rank():
+    on_ranks(3, check_pairs)
+
+
+def check_pairs(axis: Axis) -> None:
+    """Each is counted on one rank, in the backward pass."""
+    for strategy in ("zigzag", "balanced"):
+        peers = planned([30, 9, 3, 14], 3, strategy)
+        info, single = rank_info(peers, axis.rank), TiledRoutedAttention(chunk=CHUNK)
+        attend(single, inputs(peers, (6, 3)), whole(peers))
+        for name, build in SCHEMES.items():
+            scheme = build(TiledRoutedAttention(chunk=CHUNK), axis)
+            own = [local(x, info) for x in inputs(peers, (6, 3))]
+            scheme(*own[:4], info)
+            attend(scheme, own, info)
+            ops = [op for op in scheme.modules() if isinstance(op, RoutedAttention)]
+            pairs = torch.tensor(sum(op.pairs for op in ops))
+            dist.all_reduce(pairs)
+            assert pairs == single.pairs > 0, name
 
 
 def test_messages_overlap_blocks():

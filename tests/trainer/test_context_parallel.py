@@ -153,6 +153,7 @@ def test_ranks_that_share_sequences_train_like_one(errors, folder, alone, name):
     run = records(folder / name)
     assert_same(run, alone)
     assert all(record["comm_bytes"] > 0 for record in run)
+    assert "routed_imbalance" not in run[0]
     assert "comm_bytes" not in alone[0]
 
 
@@ -205,6 +206,7 @@ def routed_alone(folder) -> dict[str, tuple[list[dict], dict[str, torch.Tensor]]
 def test_routed_tokens(errors, folder, routed_alone, group):
     run, exact = routed_alone[ROUTER_GRAD[group]]
     assert_same(records(folder / f"routed_{group}"), run)
+    assert all(record["routed_imbalance"] >= 1 for record in records(folder / f"routed_{group}"))
     apart = distances(gradients(trainer_alone(folder, f"routed_{group}", *routed(group))), exact)
     assert max(apart.values()) < 1e-9, apart
 

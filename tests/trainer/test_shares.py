@@ -1,8 +1,11 @@
 """What the metrics say of routed layers, and the budget that a bias holds them to."""
 
 import pytest
+import torch
 
+from parallel.mesh import Mesh
 from tests.trainer.tiny import build
+from trainer.shares import routed_imbalance
 
 NATS_L = [
     "model=nats_l",
@@ -31,6 +34,19 @@ def test_shares_are_those_of_the_valid_tokens_of_a_step(tmp_path):
     valid = sum(int(batch.info.valid.sum()) for batch in batches)
     assert [x.sum(1).tolist() for x in counted] == 2 * [[valid, valid]]
     assert [float(router.bias) for router in routers] == [0.25, 0.25]
+
+
+def test_work_of_ranks_is_compared(tmp_path, monkeypatch):
+    model = build(tmp_path, *NATS_L).engine.model
+    mesh = Mesh(device=torch.device("cpu"), rank=1, ranks=2)
+    other = torch.tensor([2.0, 0.0])
+    monkeypatch.setattr("trainer.shares.sum_over_ranks", lambda pairs, _: pairs.add_(other))
+    for layer in (1, 3):
+        model.layers[layer].mixer.attention.pairs = 3
+    assert routed_imbalance(model, mesh) == {"routed_imbalance": 1.5}  # 2 and 6
+    assert routed_imbalance(model, mesh) == {"routed_imbalance": 2.0}  # counted anew: 2 and 0
+    other.zero_()
+    assert routed_imbalance(model, mesh) == {"routed_imbalance": 1.0}
 
 
 def test_other_models_have_no_shares(tmp_path):
