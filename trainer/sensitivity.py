@@ -126,7 +126,9 @@ class Record:
             ) from error
         for key, value in self._identity.items():
             if known[key] != value:
-                raise ConfigError(f"target={path}: is of another {key}; allowed: a new file")
+                raise ConfigError(
+                    f"target={path}: holds results of a different {key}=; allowed: a new file"
+                )
 
     def add(self, kl: float) -> None:
         self.kl.append(kl)

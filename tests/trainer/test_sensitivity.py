@@ -165,8 +165,8 @@ def test_bad_input_is_one_line(run, folder):
         f"other={folder / 'short'}": "short: it has 2 layers, the model 4; allowed: as many",
         f"teacher={folder / 'words'}": "words: it has 384 words, the model 320; allowed: the same",
         "base=nowhere": "base=nowhere: no weights in nowhere; allowed: a Hugging Face folder",
-        f"other={folder / 'base'}": "layers.json: is of another other; allowed: a new file",
-        "rows=1": "layers.json: is of another rows; allowed: a new file",
+        f"other={folder / 'base'}": "layers.json: holds results of a different other=; allowed: a",
+        "rows=1": "layers.json: holds results of a different rows=; allowed: a",
         f"target={folder / 'none.json'}": "none.json: no results of layers; allowed: a new file",
         "data.eval_fraction=0": "data.eval_fraction: no document is held out; allowed: a larger",
     }.items():
