@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
+from models.checkpoints.config import settings_of
 from models.checkpoints.families import FAMILIES, family_for, family_of
 from models.checkpoints.llama import LLAMA
 from models.hybrid import HybridLM
+from models.mixers.gqa import GroupedQueryAttention
 from models.ops.select import Ops
 from models.sequence import SequenceInfo
 from tests.models.build import compose
@@ -186,6 +188,7 @@ def dense():
         ({"qk_norm": True, "qkv_bias": True}, {}, None),
         ({"out_bias": True}, {}, None),
         ({"output_gate": True}, {}, None),
+        ({"window": 64}, {}, None),
         ({"rope_base": None}, {}, None),
         ({"rope_base": None, "rope_frequencies": [1.0] * 32}, {}, None),
         ({"norm_eps": 1e-6, "qk_norm": True}, {}, None),
@@ -204,7 +207,11 @@ def test_a_model_of_ours_has_the_family_that_holds_it(dense, mixer, model, famil
     if family is not None:
         again = found.import_config(found.export_config(config))
         assert again["model"] == config["model"] | {"name": family}
-        assert again["mixer"]["gqa"] == config["mixer"]["gqa"]
+        assert _settings(again) == _settings(config)
+
+
+def _settings(config):
+    return settings_of(config["mixer"]["gqa"], GroupedQueryAttention)
 
 
 def test_what_old_files_hold_beside_the_weights_is_passed_over():
