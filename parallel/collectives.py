@@ -98,7 +98,7 @@ def barrier(group: dist.ProcessGroup | None) -> None:
 class Traffic:
     """Bytes that this rank received from others, by (kind, op, direction).
 
-    kind: the collective; op: what it served (softmax, latent, recurrence, conv); direction:
+    kind: the collective; op: what it served (softmax, routed, latent, recurrence, conv); direction:
     forward or backward. `trace`, where it is a list, takes a line per message posted or awaited.
     """
 

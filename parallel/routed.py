@@ -118,8 +118,8 @@ class RoutedGather(ChunkScheme):
 
 
 class RoutedRing(ChunkScheme):
-    """From one rank in a round, first from that before this one: at most two ranks' chunks live
-    at once. They come straight from their owner, as no other rank needs the same ones."""
+    """From one rank in a round, first from that before this one: chunks of at most two ranks live
+    at once. They come straight from their owner, not by way of ranks that see others of them."""
 
     def rounds(self):
         rank, ranks = self.axis.rank, self.axis.ranks
@@ -169,13 +169,13 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
         q, k, v, gates, output, lse = ctx.saved_tensors
-        ctx.scheme.pairs += sum(plan.pairs for plan in (ctx.plan, *(w.plan for w in ctx.ways)))
+        ctx.scheme.pairs += ctx.plan.pairs + sum(way.plan.pairs for way in ctx.ways)
         with full_precision(grad):
             gradients = Gradients(grad, q, output, lse)
             ways = [*ctx.ways, *_counterfactual(ctx, q, k)]
             coming = ways[0].parcels.fetch(k, v, direction="backward")
-            local = widen(k), widen(v), gates, ctx.grid, ctx.plan
-            total = gradients.local(ctx.scheme, *local)
+            local, scheme = (widen(k), widen(v)), ctx.scheme
+            total = gradients.own(*local, own=scheme.own)
             returning: tuple[Way, Pending] | None = None
             for way, following in pairwise([*ways, None]):
                 message = coming.wait()
@@ -187,6 +187,10 @@ class _Attention(torch.autograd.Function):
                 if returning is not None:
                     _add_returned(*returning, total)
                 returning = way, way.parcels.give_back(*_returned(way, grads))
+            # While the last gradients return.
+            gradients.add_local(
+                total, *local, gates, ctx.grid, ctx.plan, counterfactual=scheme.counterfactual
+            )
             if returning is not None:
                 _add_returned(*returning, total)
         of_each = zip(total, (q, k, v, gates), strict=True)

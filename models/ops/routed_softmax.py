@@ -217,20 +217,31 @@ class Gradients:
     def of(self, k: Tensor, v: Tensor, plan: Plan) -> Grads:
         return block_backward(self.grad, self.q, k, v, self.lse, self.delta, plan)
 
-    def local(
-        self, op: RoutedAttention, k: Tensor, v: Tensor, gates: Tensor, grid: ChunkGrid, plan: Plan
-    ) -> Grads:
-        """Of the own keys due to the own queries; plan: of the chunks that are kept."""
-        grads = self.of(k, v, plan)
-        if op.own:
-            parts = own_backward(self.grad, self.q, k, v, self.lse, self.delta)
-            for total, part in zip(grads[:3], parts, strict=True):
-                total += part
-        if op.counterfactual:
+    def own(self, k: Tensor, v: Tensor, *, own: bool) -> Grads:
+        """Due to own chunks, if queries see them."""
+        if not own:
+            return Grads.zeros(self.q, k, v)
+        parts = own_backward(self.grad, self.q, k, v, self.lse, self.delta)
+        return Grads(*parts, k.new_zeros(k.shape[:2]))
+
+    def add_local(
+        self,
+        total: Grads,
+        k: Tensor,
+        v: Tensor,
+        gates: Tensor,
+        grid: ChunkGrid,
+        plan: Plan,
+        *,
+        counterfactual: bool,
+    ) -> None:
+        """Adds those due to the earlier chunks of this row; plan: of those that are kept."""
+        for so_far, more in zip(total, self.of(k, v, plan), strict=True):
+            so_far += more
+        if counterfactual:
             view = sight(grid, len(k) // grid.shape[0])
             dropped = Plan.make(kept_index(gates <= 0, grid), view, k.shape[2], self.q.shape[2])
-            grads = grads._replace(gate=grads.gate + self.of(k, v, dropped).gate)
-        return grads
+            total.gate.add_(self.of(k, v, dropped).gate)
 
 
 class _Routed(torch.autograd.Function):
@@ -262,6 +273,10 @@ class _Routed(torch.autograd.Function):
         ctx.op.pairs += ctx.plan.pairs
         with full_precision(grad):
             gradients = Gradients(grad, q, output, lse)
-            grads = gradients.local(ctx.op, widen(k), widen(v), gates, ctx.grid, ctx.plan)
-        of_each = zip(grads, (q, k, v, gates), strict=True)
-        return *(total.to(x.dtype) for total, x in of_each), None, None, None
+            local = widen(k), widen(v)
+            total = gradients.own(*local, own=ctx.op.own)
+            gradients.add_local(
+                total, *local, gates, ctx.grid, ctx.plan, counterfactual=ctx.op.counterfactual
+            )
+        of_each = zip(total, (q, k, v, gates), strict=True)
+        return *(grad.to(x.dtype) for grad, x in of_each), None, None, None

@@ -69,7 +69,7 @@ def check_two_levels(axis: Axis) -> None:
     def build(op: RoutedRecurrence, _: Axis) -> UlyssesRecurrence:
         return UlyssesRecurrence(StatePassing(op, axis=ring), axis=ulysses)
 
-    for case, peers in list(cases(4))[:8]:
+    for case, peers in list(cases(4))[1::3]:
         assert error(build, peers, axis, KEY) < 1e-10, case
 
 

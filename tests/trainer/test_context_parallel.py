@@ -326,6 +326,14 @@ def test_an_operation_without_a_scheme_is_named():
         apply_context_parallel(model, {CausalConv: lambda op: op, SoftmaxAttention: lambda op: op})
 
 
+def test_routed_attention_without_blocks_is_refused():
+    model = make_model([*ROUTED, "ops.routed_attention=reference"])
+    section = call(Parallelism, compose(["parallel=ring"])["parallel"], "parallel")
+    line = "parallel: DenseRoutedAttention has no blocks for RoutedRing; allowed: ops.routed_attent"
+    with pytest.raises(ConfigError, match=line):
+        share_sequences(model, section, mesh(2, 2))
+
+
 def test_too_many_ranks_for_the_heads():
     model = make_model(["model.pattern=[kda,mla]", "model.num_layers=2", "mixer.mla.num_heads=3"])
     section = call(Parallelism, compose(["parallel=usp"])["parallel"], "parallel")
