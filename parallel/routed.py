@@ -11,7 +11,6 @@ a way of their own, on which only the gradients of gates go back.
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -155,12 +154,12 @@ class _Attention(torch.autograd.Function):
         coming = parcels[0].fetch(k, v, direction="forward")
         own_plan = attention.add(keys, values, kept_index(kept, grid))
         ways = []
-        for current, following in pairwise([*parcels, None]):
+        for current, following in zip(parcels, [*parcels[1:], None], strict=True):
             message = coming.wait()
             if following is not None:
                 coming = following.fetch(k, v, direction="forward")
-            borrowed = map(widen, current.unpack(message, k, v))
-            ways.append(Way(current, attention.add(*borrowed, current.index)))
+            borrowed_k, borrowed_v = map(widen, current.unpack(message, k, v))
+            ways.append(Way(current, attention.add(borrowed_k, borrowed_v, current.index)))
         output, lse = attention.finish()
         ctx.save_for_backward(q, k, v, gates, output, lse)
         ctx.scheme, ctx.grid, ctx.plan, ctx.ways, ctx.choice = scheme, grid, own_plan, ways, choice
@@ -177,11 +176,12 @@ class _Attention(torch.autograd.Function):
             local, scheme = (widen(k), widen(v)), ctx.scheme
             total = gradients.own(*local, own=scheme.own)
             returning: tuple[Way, Pending] | None = None
-            for way, following in pairwise([*ways, None]):
+            for way, following in zip(ways, [*ways[1:], None], strict=True):
                 message = coming.wait()
                 if following is not None:
                     coming = following.parcels.fetch(k, v, direction="backward")
-                grads = gradients.of(*map(widen, way.parcels.unpack(message, k, v)), way.plan)
+                borrowed_k, borrowed_v = map(widen, way.parcels.unpack(message, k, v))
+                grads = gradients.of(borrowed_k, borrowed_v, way.plan)
                 if way.kept:
                     total.q.add_(grads.q)
                 if returning is not None:

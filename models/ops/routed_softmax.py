@@ -260,8 +260,8 @@ class _Routed(torch.autograd.Function):
         attention = Attending(q, keys, values, grid, own=op.own)
         plan = attention.add(keys, values, kept_index(gates > 0, grid))
         if past is not None:
-            earlier, index = (widen(x.flatten(0, 1)) for x in past[:2]), past.start.flatten(0, 1)
-            attention.add(*earlier, index)
+            past_k, past_v, index = (x.flatten(0, 1) for x in past)
+            attention.add(widen(past_k), widen(past_v), index)
         output, lse = attention.finish()
         ctx.save_for_backward(q, k, v, gates, output, lse)
         ctx.grid, ctx.plan, ctx.op = grid, plan, op
