@@ -5,7 +5,7 @@ the model's own names, whole and in fp32 or wider, so that a run may go on with 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -77,9 +77,12 @@ class Memory(NamedTuple):
     optimizer: int
 
     @classmethod
-    def of_adamw(cls, parameters: int) -> "Memory":
-        """Gradients and each of two moments take what the parameters do."""
-        return cls(parameters, parameters, 2 * parameters)
+    def of_adamw(cls, held: Iterable[Tensor]) -> "Memory":
+        """Of parameters that a rank holds: gradients and each of two moments take what the trained
+        ones do."""
+        sizes = [(parameter.nbytes, parameter.requires_grad) for parameter in held]
+        trained = sum(size for size, wanted in sizes if wanted)
+        return cls(sum(size for size, _ in sizes), trained, 2 * trained)
 
 
 class Engine:
@@ -148,7 +151,7 @@ class Engine:
 
     def memory(self) -> Memory:
         """What this rank keeps."""
-        return Memory.of_adamw(sum(parameter.nbytes for parameter in self.model.parameters()))
+        return Memory.of_adamw(self.model.parameters())
 
     def assign(self, name: str, value: Tensor) -> None:
         """Gives a parameter or buffer of the model its value, whole and the same on all ranks."""

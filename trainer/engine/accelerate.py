@@ -102,7 +102,7 @@ class AcceleratedFSDP2(Engine):
         return clip([local(x) for x in gradients], max_norm, shards)
 
     def memory(self) -> Memory:
-        return Memory.of_adamw(sum(local(p).nbytes for p in self.model.parameters()))
+        return Memory.of_adamw(local(p) for p in self.model.parameters())
 
     def assign(self, name: str, value: Tensor) -> None:
         target = self.model.state_dict()[name]

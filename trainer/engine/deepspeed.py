@@ -98,7 +98,7 @@ class PartitionedEngine(Engine):
     def memory(self) -> Memory:
         part = self._partitions.nbytes
         if self._partitions.sharded:
-            return Memory.of_adamw(part)
+            return Memory(part, part, 2 * part)
         # A copy of the own part of the parameters beside its moments.
         return Memory(sum(p.nbytes for p in self.model.parameters()), part, 3 * part)
 

@@ -86,7 +86,7 @@ class FSDP2Engine(Engine):
         return clip(grads, max_norm, self._sharding.group)
 
     def memory(self) -> Memory:
-        return Memory.of_adamw(sum(local(p).nbytes for p in self.model.parameters()))
+        return Memory.of_adamw(local(p) for p in self.model.parameters())
 
     def assign(self, name: str, value: Tensor) -> None:
         copy_whole(self.model.state_dict()[name], value)
