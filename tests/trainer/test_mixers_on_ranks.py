@@ -1,5 +1,6 @@
 """Every mixer of conf/mixer under every scheme: outputs and all gradients are those of one rank."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,11 +13,14 @@ from models.mixer import Mixer
 from models.sequence import SequenceOp
 from parallel.collectives import Axis
 from parallel.context import apply_context_parallel, build_schemes
+from parallel.cost import planned, planned_links, softmax_bytes, states_bytes
+from parallel.shapes import RecurrenceShape, SoftmaxShape
 from tests.models.build import MIXERS, compose, make_mixer
 from tests.parallel.layouts import Row, cases, local, rank_info, whole
 from tests.parallel.ranks import on_ranks
 from tests.parallel.routed_schemes import CHUNK
 from tests.parallel.routed_schemes import cases as chunked_cases
+from tests.parallel.routed_schemes import planned as planned_layout
 from tests.parallel.test_softmax_schemes import two_axes
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -88,3 +92,35 @@ def results(mixer: Mixer, x: Tensor, weight: Tensor, info: Any) -> list[Tensor]:
     """Output, and the gradients of the input and of every parameter."""
     output = mixer(x, info)
     return [output, *torch.autograd.grad((output * weight).sum(), [x, *mixer.parameters()])]
+
+
+def test_a_routed_mixer_sends_kept_chunks_and_states():
+    on_ranks(4, check_routed_bytes)
+
+
+def check_routed_bytes(axis: Axis) -> None:
+    """Half of the chunks are kept: within 5% half of what a gather of all keys receives."""
+    peers = planned_layout([61, 200, 7], axis.ranks, "balanced")
+    options = SMALL | {"num_heads": 2, "router": "strided", "static_share": 0.5}
+    del options["state_dim"]
+    holder = nn.ModuleDict({"mixer": make_mixer("nats_l", **options)})
+    axes = {"context": axis, "ulysses": axis, "ring": axis}
+    names: dict[str, Any] = {"softmax": "gather", "latent": "gather", "outer": "gather"}
+    names |= {"recurrence": "state_passing", "scan_ranks": 32}
+    apply_context_parallel(holder, build_schemes(**axes, **names))
+    info = rank_info(peers, axis.rank)
+    x = torch.randn(*info.shape, 24, dtype=torch.float64, requires_grad=True)
+    holder["mixer"](x, info).sum().backward()
+    received: Counter[str] = Counter()
+    for (_, op, _), count in axis.traffic.take().items():
+        received[op] += count
+
+    states = RecurrenceShape(heads=2, key_dim=8, value_dim=16, decays=1, transition=64)
+    expected = states_bytes(states, planned_links(peers, axis.rank), size=8)
+    assert received["recurrence"] == expected.total
+    shape = SoftmaxShape(heads=4, kv_heads=4, dim=4, v_dim=8)
+    dense = softmax_bytes(shape, planned("gather", peers, axis.rank), size=8).total
+    both = torch.tensor([received["routed"], dense], dtype=torch.float64)
+    dist.all_reduce(both)
+    routed, of_all = both.tolist()
+    assert routed == pytest.approx(of_all / 2, rel=0.05)
