@@ -43,6 +43,14 @@ _LATENT: dict[str, Scheme] = {
     "ulysses": LatentUlysses,
 }
 
+HeadsFirst = UlyssesAttention | RoutedUlysses | LatentUlysses | UlyssesRecurrence
+_HEADS_FIRST: dict[type[SequenceOp], type[HeadsFirst]] = {
+    SoftmaxAttention: UlyssesAttention,
+    RoutedAttention: RoutedUlysses,
+    LatentAttention: LatentUlysses,
+    LinearRecurrence: UlyssesRecurrence,
+}
+
 
 def apply_context_parallel(
     model: nn.Module, schemes: Mapping[type[SequenceOp], Callable[[SequenceOp], SequenceOp]]
@@ -106,7 +114,12 @@ def build_schemes(
     }
 
 
-def heads_needed(module: nn.Module) -> int:
-    """The most ranks over which a scheme inside `module` divides heads; 1 if none does."""
-    divided = (UlyssesAttention, RoutedUlysses, LatentUlysses, UlyssesRecurrence)
-    return max([1, *(m.axis.ranks for m in module.modules() if isinstance(m, divided))])
+def heads_needed(module: nn.Module) -> dict[type[SequenceOp], int]:
+    """The most ranks over which a scheme inside `module` divides heads, for each contract of which
+    one does."""
+    needed = {}
+    for contract, scheme in _HEADS_FIRST.items():
+        ranks = [m.axis.ranks for m in module.modules() if isinstance(m, scheme)]
+        if ranks:
+            needed[contract] = max(ranks)
+    return needed

@@ -21,6 +21,7 @@ from models.ffn import SwiGLU
 from models.hybrid import HybridLM
 from models.mixer import Mixer
 from models.moe import MoE
+from models.ops.routed import RoutedAttention
 from models.ops.select import Ops
 from parallel.activation_checkpoint import apply_activation_checkpointing
 from parallel.context import apply_context_parallel, build_schemes, heads_needed
@@ -136,12 +137,13 @@ def share_sequences(model: HybridLM, parallelism: Parallelism, mesh: Mesh) -> No
     except ValueError as error:
         raise ConfigError(f"parallel: {error}") from error
     for name, mixer in zip(model.pattern, mixers_of(model), strict=True):
-        needed = heads_needed(mixer)
-        if mixer.num_heads < needed:
-            raise ConfigError(
-                f"mixer.{name}.num_heads={mixer.num_heads}: {needed} ranks share the heads; "
-                f"allowed: {needed} heads or more, fewer ranks, or another scheme"
-            )
+        for contract, needed in heads_needed(mixer).items():
+            key = "softmax_heads" if contract is RoutedAttention else "num_heads"
+            if (heads := getattr(mixer, key)) < needed:
+                raise ConfigError(
+                    f"mixer.{name}.{key}={heads}: {needed} ranks share the heads; "
+                    f"allowed: {needed} heads or more, fewer ranks, or another scheme"
+                )
 
 
 def mixers_of(model: HybridLM) -> list[Mixer]:

@@ -340,6 +340,10 @@ def test_too_many_ranks_for_the_heads():
     share_sequences(model, section, mesh(2, 3))
     with pytest.raises(ConfigError, match=r"mixer.mla.num_heads=3: 4 ranks share the heads; "):
         share_sequences(make_model(["mixer.mla.num_heads=3"]), section, mesh(2, 4))
+    two = ["model.pattern=[nats_l]", "model.num_layers=1", "mixer.nats_l.num_heads=2"]
+    share_sequences(make_model([*two, "mixer.nats_l.softmax_heads=4"]), section, mesh(2, 4))
+    with pytest.raises(ConfigError, match=r"mixer.nats_l.softmax_heads=2: 4 ranks share the heads"):
+        share_sequences(make_model([*two, "mixer.nats_l.softmax_heads=2"]), section, mesh(2, 4))
 
 
 @pytest.mark.parametrize(
