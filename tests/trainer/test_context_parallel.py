@@ -134,7 +134,9 @@ def errors(folder) -> str:
     jobs = [command(folder, "disagreeing", *DISAGREEING)]  # first: the next ones must go on
     jobs += [command(folder, name, *more) for name, more in JOBS.items()]
     jobs += [command(folder, "gqa", *GQA, "parallel=usp")]
-    jobs += [command(folder, f"routed_{g}", *routed(g), f"parallel={g}") for g in SCHEMES]
+    jobs += [
+        command(folder, f"routed_{g}", *routed(g), f"parallel={g}", CHECKPOINTING) for g in SCHEMES
+    ]
     jobs += [command(folder, "whole", "parallel=ring", "trainer.micro_batch_size=4")]
     jobs += [command(folder, f"fp32_{group}", *FP32, f"parallel={group}") for group in SCHEMES]
     (folder / "jobs.json").write_text(json.dumps(jobs))
