@@ -41,6 +41,7 @@ SIZES = [
     "mixer.lightning={num_heads: 2, head_dim: 32}",
     "mixer.nats_l={num_heads: 2, softmax_heads: 2, head_dim: 32, expand_v: 1, chunk: 16}",
 ]
+CHUNK = 16  # where documents may be cut
 PATTERN = f"model.pattern=[{','.join(MIXERS)}]"
 FORMATS: tuple[Format | None, ...] = (None, "int8")
 # Twice what is seen here: the largest and the median error of a parameter's gradient.
@@ -170,7 +171,7 @@ def check_ranks(axis: Axis) -> None:
     one = Axis(axis.group, 0, 1, axis.traffic)
     where = {"device": torch.device("cpu"), "rank": axis.rank, "ranks": 2, "group": axis.group}
     mesh = Mesh(**where, context=axis, ulysses=one, ring=axis)
-    layout = plan_layout(batch().documents(), ranks=2, strategy="zigzag")
+    layout = plan_layout(batch().documents(), ranks=2, strategy="zigzag", multiple=CHUNK)
     part = batch().shard(layout, axis.rank, pad_id=0)
 
     def shared(scheme: str, format: Format | None, **how: Any) -> dict[str, Tensor]:

@@ -112,7 +112,7 @@ def test_a_sweep_gives_each_job_a_folder(train, tmp_path, run_dir):
         ("foo=1", "foo=1: unknown key; allowed: mixer, data, "),
         ("trainer.stepz=1", "trainer.stepz=1: unknown key; allowed: trainer.steps, "),
         ("mixer.kda.heads=1", "mixer.kda.heads=1: unknown key; allowed: mixer.kda.num_heads, "),
-        ("model=none", "model=none: unknown choice; allowed: kimi_linear, "),
+        ("model=none", "model=none: unknown choice; allowed: gdn_hybrid, "),
         ("engine=none", "engine=none: unknown choice; allowed: accelerate, ddp"),
         ("engine=null", "engine=null: unknown choice; allowed: accelerate, ddp"),
         ("schedule=[]", "schedule=[]: unknown choice; allowed: constant, cosine, wsd"),
