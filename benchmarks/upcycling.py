@@ -40,6 +40,11 @@ STARTS = {
 LATENT = ["recipe.kv_rank=32", "recipe.q_rank=null"]
 MLA_LAYERS = 3
 ILD_STEPS, KD_STEPS = 60, 120
+HELD_OUT = [
+    "data=stdlib",
+    "split=eval",
+    "data.eval_fraction=0.004",
+]  # a part of what training held out
 
 
 class Bench:
@@ -77,7 +82,7 @@ class Bench:
     def loss(self, folder: Path) -> float:
         kept = self.runs / "losses" / f"{folder.relative_to(self.runs)}.json"
         if not kept.exists():
-            printed = self._script("evaluate", f"checkpoint={folder}", *ROWS)
+            printed = self._script("evaluate", f"checkpoint={folder}", *ROWS, *HELD_OUT)
             write(kept, json.loads(printed.splitlines()[-1]))
         return json.loads(kept.read_text())["loss"]
 

@@ -26,15 +26,6 @@ NAMES = [*TOPOLOGIES]
 # Each goes on from itself and from another; the rest are for `make test-matrix`.
 PAIRS = [*zip(NAMES, NAMES, strict=True), *zip(NAMES, [*NAMES[1:], NAMES[0]], strict=True)]
 REST = [pair for pair in product(NAMES, NAMES) if pair not in PAIRS]
-OTHERS = {  # that none of them goes on from
-    "zero2 2": (2, ["engine=zero2", "trainer.micro_batch_size=1"]),
-    "accelerate 2": (2, ["engine=accelerate", "ACCELERATE_USE_FSDP=true", "FSDP_VERSION=2"]),
-    "fsdp2 4 with cp 4": (4, ["engine=fsdp2", "parallel=gather", "trainer.micro_batch_size=4"]),
-    "zero3 4 with cp 2": (
-        4,
-        [*ZERO3, "parallel=ulysses", "parallel.cp=2", "trainer.micro_batch_size=2"],
-    ),
-}
 SAVED, STEPS, EPOCHS = 6, 12, 3  # in the middle of the second
 RUN = [
     "model.pattern=[kda,mla]",  # with a dense feed-forward, then a mixture
@@ -70,10 +61,7 @@ def whole(tmp_path_factory) -> Runs:
     runs = Runs(path, [*RUN, f"data.path={path / 'own'}"])
     for ranks in RANKS:
         saving = {name: words for name, (own, words) in TOPOLOGIES.items() if own == ranks}
-        others = {
-            name: ["unsaved", *words] for name, (own, words) in OTHERS.items() if own == ranks
-        }
-        do(runs, ranks, saving | others)
+        do(runs, ranks, saving)
     return runs
 
 
@@ -109,11 +97,11 @@ def do(runs: Runs, ranks: int, jobs: dict[str, list[str]]) -> None:
 
 def read(runs: Runs, topology: str, name: str) -> torch.Tensor:
     """[steps, tokens], how often each token was trained on in each step, on all ranks."""
-    ranks, _ = (TOPOLOGIES | OTHERS)[topology]
+    ranks, _ = TOPOLOGIES[topology]
     return sum(torch.stack(runs.seen(name, rank)["read"]) for rank in range(ranks))
 
 
-@pytest.mark.parametrize("topology", [*TOPOLOGIES, *OTHERS][1:])
+@pytest.mark.parametrize("topology", NAMES[1:])
 def test_steps_are_those_of_one_process(whole, topology):
     assert_same(whole.records(topology), whole.records("ddp 1"), 1e-4)
     assert read(whole, topology, topology).equal(read(whole, "ddp 1", "ddp 1"))
