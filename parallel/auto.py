@@ -136,7 +136,9 @@ def _scheme(degree: int, alone: Outer, setting: Setting) -> AttentionScheme:
 def _hidden_from(shapes: Sequence[SoftmaxShape], setting: Setting) -> int:
     """Tokens from which on a hop of a ring takes no longer than its block under zigzag: n^2 heads
     (dim + v_dim) FLOPs against n kv_heads (dim + v_dim) values."""
-    per_head = max((shape.kv_heads / shape.heads for shape in shapes), default=0.0)
+    per_head = max(
+        (shape.width / (shape.heads * (shape.dim + shape.v_dim)) for shape in shapes), default=0.0
+    )
     return round(per_head * setting.size * FLOPS_PER_BYTE)
 
 

@@ -61,9 +61,8 @@ def planned(outer: Outer, peers: Sequence[Row], rank: int, *, causal: bool = Tru
 
 def softmax_bytes(shape: SoftmaxShape, move: Moved, *, size: int) -> Bytes:
     """Of ring or gather; size: bytes of an activation."""
-    values = shape.kv_heads * (shape.dim + shape.v_dim)
-    backward = move.again * values * size + move.grads * values * max(size, 4)
-    return Bytes(round(shape.kept * move.keys * values * size), round(shape.kept * backward))
+    backward = (move.again * size + move.grads * max(size, 4)) * shape.width
+    return Bytes(round(shape.kept * move.keys * shape.width * size), round(shape.kept * backward))
 
 
 def latent_bytes(shape: LatentShape, move: Moved, outer: Outer, *, size: int) -> Bytes:
@@ -77,7 +76,7 @@ def latent_bytes(shape: LatentShape, move: Moved, outer: Outer, *, size: int) ->
 
 def softmax_heads_bytes(shape: SoftmaxShape, *, tokens: int, ranks: int, size: int) -> Bytes:
     """Of Ulysses over ranks that divide the key heads: queries, keys, values; outputs back."""
-    width = (shape.heads + shape.kv_heads) * (shape.dim + shape.v_dim)
+    width = shape.heads * (shape.dim + shape.v_dim) + shape.width
     one_way = tokens * width * size * (ranks - 1) // ranks
     return Bytes(one_way, one_way)
 

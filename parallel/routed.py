@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from models.ops.routed import RoutedAttention, RoutedKeys
+from models.ops.routed import RoutedAttention, RoutedKeys, keys_and_values
 from models.ops.routed_blocks import Grads, Plan
 from models.ops.routed_grid import chunk_grid
 from models.ops.routed_softmax import (
@@ -52,7 +52,7 @@ class RoutedScheme(RoutedAttention):
         self,
         q: Tensor,
         k: Tensor,
-        v: Tensor,
+        v: Tensor | None,
         keep: Tensor,
         info: SequenceInfo,
         *,
@@ -66,20 +66,14 @@ class RoutedScheme(RoutedAttention):
         own_rank(info)
         if not cut_documents(info.peers):
             return self.op(q, k, v, keep, info, scale=scale)
-        q, k, v = autocast(q, k, v)
-        return self.attend(q, k, v, keep, info, scale)
+        q, *kv = autocast(q, *keys_and_values(k, v))
+        return self.attend(q, kv, keep, info, scale)
 
     @abstractmethod
     def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        keep: Tensor,
-        info: SequenceInfo,
-        scale: float | None,
+        self, q: Tensor, kv: list[Tensor], keep: Tensor, info: SequenceInfo, scale: float | None
     ) -> Tensor:
-        """`forward` where some document lies on several ranks."""
+        """`forward` where some document lies on several ranks; kv: `keys_and_values`."""
 
 
 class ChunkScheme(RoutedScheme):
@@ -97,11 +91,11 @@ class ChunkScheme(RoutedScheme):
             )
         super().__init__(op, axis=axis)
 
-    def attend(self, q, k, v, keep, info, scale):
+    def attend(self, q, kv, keep, info, scale):
         rank_on(self.axis, info)
         grid = chunk_grid(info, self.chunk)
         with full_precision(q):
-            output = _Attention.apply(self, info, *rows_of(q, k, v, keep, grid, scale))
+            output = _Attention.apply(self, info, *rows_of(q, kv, keep, grid, scale))
             return tokens_of(output, q, grid)
 
     @abstractmethod
@@ -140,48 +134,48 @@ class Way(NamedTuple):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, scheme: ChunkScheme, info: SequenceInfo, q: Tensor, k: Tensor, v: Tensor, gates
+        ctx: Any, scheme: ChunkScheme, info: SequenceInfo, q: Tensor, gates: Tensor, *kv: Tensor
     ) -> Tensor:
         axis, grid = scheme.axis, chunk_grid(info, scheme.chunk)
         plan = loans(info.peers, axis.rank, scheme.chunk, q.device)
         kept = gates > 0
         lent = kept[:, plan.columns].T
         coming = axis.exchange(lent.byte(), plan.lent, plan.borrowed, op=OP, direction="forward")
-        keys, values = widen(k), widen(v)
-        attention = Attending(q, keys, values, grid, own=scheme.own)
+        wide = tuple(map(widen, kv))
+        attention = Attending(q, wide, grid, own=scheme.own)
         choice = Choice.of(plan, lent, coming.wait() > 0)
-        parcels = _in_rounds(scheme, choice, k)
-        coming = parcels[0].fetch(k, v, direction="forward")
-        own_plan = attention.add(keys, values, kept_index(kept, grid))
+        parcels = _in_rounds(scheme, choice, kv[0])
+        coming = parcels[0].fetch(*kv, direction="forward")
+        own_plan = attention.add(wide, kept_index(kept, grid))
         ways = []
         for current, following in zip(parcels, [*parcels[1:], None], strict=True):
             message = coming.wait()
             if following is not None:
-                coming = following.fetch(k, v, direction="forward")
-            borrowed_k, borrowed_v = map(widen, current.unpack(message, k, v))
-            ways.append(Way(current, attention.add(borrowed_k, borrowed_v, current.index)))
+                coming = following.fetch(*kv, direction="forward")
+            borrowed = tuple(map(widen, current.unpack(message, *kv)))
+            ways.append(Way(current, attention.add(borrowed, current.index)))
         output, lse = attention.finish()
-        ctx.save_for_backward(q, k, v, gates, output, lse)
+        ctx.save_for_backward(output, lse, q, gates, *kv)
         ctx.scheme, ctx.grid, ctx.plan, ctx.ways, ctx.choice = scheme, grid, own_plan, ways, choice
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
-        q, k, v, gates, output, lse = ctx.saved_tensors
+        output, lse, q, gates, *kv = ctx.saved_tensors
         ctx.scheme.pairs += ctx.plan.pairs + sum(way.plan.pairs for way in ctx.ways)
         with full_precision(grad):
             gradients = Gradients(grad, q, output, lse)
-            ways = [*ctx.ways, *_counterfactual(ctx, q, k)]
-            coming = ways[0].parcels.fetch(k, v, direction="backward")
-            local, scheme = (widen(k), widen(v)), ctx.scheme
-            total = gradients.own(*local, own=scheme.own)
+            ways = [*ctx.ways, *_counterfactual(ctx, q, kv[0])]
+            coming = ways[0].parcels.fetch(*kv, direction="backward")
+            local, scheme = tuple(map(widen, kv)), ctx.scheme
+            total = gradients.own(local, own=scheme.own)
             returning: tuple[Way, Pending] | None = None
             for way, following in zip(ways, [*ways[1:], None], strict=True):
                 message = coming.wait()
                 if following is not None:
-                    coming = following.parcels.fetch(k, v, direction="backward")
-                borrowed_k, borrowed_v = map(widen, way.parcels.unpack(message, k, v))
-                grads = gradients.of(borrowed_k, borrowed_v, way.plan)
+                    coming = following.parcels.fetch(*kv, direction="backward")
+                borrowed = tuple(map(widen, way.parcels.unpack(message, *kv)))
+                grads = gradients.of(borrowed, way.plan)
                 if way.kept:
                     total.q.add_(grads.q)
                 if returning is not None:
@@ -189,12 +183,11 @@ class _Attention(torch.autograd.Function):
                 returning = way, way.parcels.give_back(*_returned(way, grads))
             # While the last gradients return.
             gradients.add_local(
-                total, *local, gates, ctx.grid, ctx.plan, counterfactual=scheme.counterfactual
+                total, local, gates, ctx.grid, ctx.plan, counterfactual=scheme.counterfactual
             )
             if returning is not None:
                 _add_returned(*returning, total)
-        of_each = zip(total, (q, k, v, gates), strict=True)
-        return None, None, *(x.to(like.dtype) for x, like in of_each)
+        return None, None, *total.like(q, gates, *kv)
 
 
 def _in_rounds(scheme: ChunkScheme, choice: Choice, k: Tensor) -> list[Parcels]:
@@ -211,7 +204,7 @@ def _counterfactual(ctx: Any, q: Tensor, k: Tensor) -> Iterator[Way]:
 
 def _returned(way: Way, grads: Grads) -> tuple[Tensor, ...]:
     """Those of the gradients whose owner is the owner of the chunks."""
-    return grads[1:] if way.kept else (grads.gate,)
+    return grads.of_chunks if way.kept else (grads.gate,)
 
 
 def _add_returned(way: Way, returning: Pending, total: Grads) -> None:
@@ -224,11 +217,11 @@ class RoutedUlysses(RoutedScheme):
     op: a local one, or a gather or ring scheme over the ranks that hold the same heads.
     """
 
-    def attend(self, q, k, v, keep, info, scale):
+    def attend(self, q, kv, keep, info, scale):
         exchange = HeadExchange(self.axis, info, heads=q.shape[2], op=OP)
         exchange.check_inner(self.op, RoutedScheme)
-        counts = repeats(exchange.own, q.shape[2] // k.shape[2])
-        q, *by_key = exchange.to_heads(q, k, v, keep.unsqueeze(-1))
-        k, v, keep = (repeat_heads(x, counts) for x in by_key)
-        output = self.op(q, k, v, keep.squeeze(-1), exchange.info, scale=scale)
+        counts = repeats(exchange.own, q.shape[2] // kv[0].shape[2])
+        q, keep, *kv = exchange.to_heads(q, keep.unsqueeze(-1), *kv)
+        keep, k, *v = (repeat_heads(x, counts) for x in (keep, *kv))
+        output = self.op(q, k, v[0] if v else None, keep.squeeze(-1), exchange.info, scale=scale)
         return exchange.to_tokens(output)

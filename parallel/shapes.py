@@ -28,6 +28,12 @@ class SoftmaxShape:
     dim: int
     v_dim: int
     kept: float = 1  # share of the keys and values that later tokens see
+    shared: bool = False  # the keys are the values too
+
+    @property
+    def width(self) -> int:
+        """Values of a token's keys and values, as they travel."""
+        return self.kv_heads * (self.dim + (0 if self.shared else self.v_dim))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +89,13 @@ def record_shapes(module: nn.Module, run: Callable[[], object]) -> set[Shape]:
 
 
 def _softmax(
-    op: SequenceOp, found: set, q: Tensor, k: Tensor, v: Tensor, *_, kept: float = 1, **__
+    op: SequenceOp, found: set, q: Tensor, k: Tensor, v: Tensor | None, *_, kept: float = 1, **__
 ) -> Tensor:
-    (heads, dim), (kv_heads, v_dim) = q.shape[2:], v.shape[2:]
-    found.add(SoftmaxShape(heads=heads, kv_heads=kv_heads, dim=dim, v_dim=v_dim, kept=kept))
+    (heads, dim), (kv_heads, v_dim) = q.shape[2:], (k if v is None else v).shape[2:]
+    shape = SoftmaxShape(
+        heads=heads, kv_heads=kv_heads, dim=dim, v_dim=v_dim, kept=kept, shared=v is None
+    )
+    found.add(shape)
     return q.new_empty(*q.shape[:3], v_dim)
 
 

@@ -18,7 +18,7 @@ from models.ops.routed import RoutedKeys
 from models.ops.routed_grid import ChunkGrid, chunk_grid
 from models.ops.routed_softmax import remember
 from models.ops.select import Ops
-from models.precision import widen
+from models.precision import autocast, widen
 from models.rope import Rope
 from models.routing import LearnedRouter, StaticRouter
 from models.sequence import Fragment, SequenceInfo
@@ -33,9 +33,14 @@ class NeuralAttentionSearch(Mixer):
 
     linear: one decay per head (gdn, arXiv 2412.06464) or per key channel (kda, arXiv 2510.26692).
     router: learned or, as controls, random or strided at `static_share`. router_grad: of the branch
-    taken or, counterfactual, of both. softmax_target: the share of tokens to keep, to which a bias
-    is moved as that of experts is. own_chunk: which halves see it. decay_softmax_chunks: whether
-    the state decays over chunks that are not written to it.
+    taken or, counterfactual, of both. softmax_target: the share of the tokens that the heads
+    together are to keep, held by a bias. own_chunk: which halves see it. decay_softmax_chunks:
+    whether the state decays over chunks that are not written to it.
+
+    latent_rank: keys and values of the softmax heads come from a latent of their routed head (MLA,
+    arXiv 2405.04434, by groups of heads), projected from the input and normalised; it is what is
+    kept, cached and sent. Attention runs on latents, queries and outputs being projected instead of
+    keys and values: the same numbers, if keys have no positions and no norm of their own.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class NeuralAttentionSearch(Mixer):
         head_dim: int,
         softmax_heads: int,
         expand_v: int = 2,
+        latent_rank: int | None = None,
         chunk: int = 64,
         linear: Literal["gdn", "kda"] = "gdn",
         negative_eigenvalues: bool = False,
@@ -65,12 +71,16 @@ class NeuralAttentionSearch(Mixer):
     ) -> None:
         super().__init__()
         positive(num_heads=num_heads, head_dim=head_dim, conv_width=conv_width)
-        positive(softmax_heads=softmax_heads, expand_v=expand_v)
+        positive(softmax_heads=softmax_heads, expand_v=expand_v, latent_rank=latent_rank)
         keys, values = num_heads * head_dim, num_heads * head_dim * expand_v
         if softmax_heads % num_heads or keys % softmax_heads:
             raise ValueError(
                 f"softmax_heads is {softmax_heads}; it must be a multiple of num_heads = "
                 f"{num_heads} and divide num_heads x head_dim = {keys}"
+            )
+        if latent_rank is not None and rope_base is not None:
+            raise ValueError(
+                f"rope_base is {rope_base} with latent_rank {latent_rank}; latents allow null"
             )
         if chunk < 1 or chunk & (chunk - 1):
             raise ValueError(f"chunk is {chunk}; it must be a power of two")
@@ -99,7 +109,14 @@ class NeuralAttentionSearch(Mixer):
             self.decay = ChannelDecay(d_model, num_heads=num_heads, head_dim=head_dim)
         self.beta_proj = nn.Linear(d_model, num_heads, bias=False)
         softmax_dim = keys // softmax_heads
-        self.q_norm, self.k_norm = (RMSNorm(softmax_dim, eps=norm_eps) for _ in range(2))
+        self.latent_rank, self.softmax_dim = latent_rank, softmax_dim
+        self.q_norm = RMSNorm(softmax_dim, eps=norm_eps)
+        if latent_rank is None:
+            self.k_norm = RMSNorm(softmax_dim, eps=norm_eps)
+        else:
+            self.latent_down = nn.Linear(d_model, num_heads * latent_rank, bias=False)
+            self.latent_norm = RMSNorm(latent_rank, eps=norm_eps)
+            self.latent_up = nn.Linear(latent_rank, keys + values, bias=False)  # head by head
         self.rope = (
             None if rope_base is None else Rope(softmax_dim, base=rope_base, factor=rope_factor)
         )
@@ -131,7 +148,7 @@ class NeuralAttentionSearch(Mixer):
             pooled, qkv, info = _behind_open_chunk(x, qkv, info, cache, self.token_multiple)
         grid = chunk_grid(info, self.token_multiple)
         keep, write = self.router(grid.mean(pooled), grid)
-        by_softmax = self._attend(qkv, keep, grid, info, cache)[:, -seq:]
+        by_softmax = self._attend(pooled, qkv, keep, grid, info, cache)[:, -seq:]
         by_state = self._recur(pooled, qkv, grid.spread(write), info, cache)[:, -seq:]
         weights = self.mixing_proj(q if self.mixing_from == "q" else x)
         weights = widen(weights).unflatten(-1, (-1, 1, 2)).softmax(-1)  # [B, S, A, 1, 2]
@@ -143,6 +160,7 @@ class NeuralAttentionSearch(Mixer):
 
     def _attend(
         self,
+        x: Tensor,
         qkv: list[Tensor],
         keep: Tensor,
         grid: ChunkGrid,
@@ -151,18 +169,45 @@ class NeuralAttentionSearch(Mixer):
     ) -> Tensor:
         """The softmax half, [B, S, A, V x H / A]; caches the kept chunks."""
         q, k, v = (y.unflatten(-1, (self.softmax_heads, -1)) for y in qkv)
-        q, k = self.q_norm(q), self.k_norm(k)
+        q = self.q_norm(q)
+        if self.latent_rank is not None:
+            up_k, up_v = self._up_weights()
+            q = torch.einsum("bsad,adr->bsar", q, up_k)
+            latent = self.latent_norm(self.latent_down(x).unflatten(-1, (self.num_heads, -1)))
+            y = self._attend_to((latent,), q, keep, grid, info, cache)
+            return torch.einsum("bsar,adr->bsad", y, up_v)
+        k = self.k_norm(k)
         if self.rope is not None:
             q, k = self.rope(q, info), self.rope(k, info)
         keep = keep.repeat_interleave(self.softmax_heads // self.num_heads, dim=-1)
-        past = None
+        return self._attend_to((k, v), q, keep, grid, info, cache)
+
+    def _attend_to(
+        self,
+        kv: tuple[Tensor, ...],
+        q: Tensor,
+        keep: Tensor,
+        grid: ChunkGrid,
+        info: SequenceInfo,
+        cache: Cache | None,
+    ) -> Tensor:
+        """kv: keys and values, or latents that are both."""
+        past, names = None, ("kept_k", "kept_v")[: len(kv)]
         if cache is not None and "kept_start" in cache:
-            past = RoutedKeys(cache["kept_k"], cache["kept_v"], cache["kept_start"])
-        y = self.attention(q, k, v, grid.spread(keep), info, past=past)
+            past = RoutedKeys(tuple(cache[name] for name in names), cache["kept_start"])
+        k, v = kv[0], kv[1] if len(kv) == 2 else None
+        scale = self.softmax_dim**-0.5
+        y = self.attention(q, k, v, grid.spread(keep), info, scale=scale, past=past)
         if cache is not None:
-            kept = remember(past, k, v, keep, grid)
-            cache["kept_k"], cache["kept_v"], cache["kept_start"] = kept
+            kept, cache["kept_start"] = remember(past, kv, keep, grid)
+            cache.update(zip(names, kept, strict=True))
         return y
+
+    def _up_weights(self) -> tuple[Tensor, Tensor]:
+        """From a latent to the key and to the value of each softmax head, [A, dim, rank]."""
+        (weight,) = autocast(self.latent_up.weight)  # like that of a linear layer
+        weight = weight.unflatten(0, (self.softmax_heads, -1))
+        return weight[:, : self.softmax_dim], weight[:, self.softmax_dim :]
 
     def _recur(
         self,
@@ -203,14 +248,20 @@ class NeuralAttentionSearch(Mixer):
         keys, _, values = self.widths
         state = 3 * keys * values // self.num_heads
         seen = self.token_multiple / 2 + self.router.expected_share * context
-        attention = (keys + values) * seen
+        width = keys + values
+        if self.latent_rank is not None:
+            width = 2 * self.softmax_heads * self.latent_rank
+        attention = width * seen
         return 2 * (linears + self.conv_weight.numel() + state + attention)
 
     def state_elements(self, context: int) -> int:
         """At most: when every chunk is kept."""
         keys, _, values = self.widths
         chunks, open_tokens = divmod(context, self.token_multiple)
-        kept = chunks * (self.token_multiple * (keys + values) + self.softmax_heads)
+        heads, width = self.softmax_heads, keys + values  # of what is kept
+        if self.latent_rank is not None:
+            heads, width = self.num_heads, self.num_heads * self.latent_rank
+        kept = chunks * (self.token_multiple * width + heads)
         held = open_tokens * (self.out_proj.out_features + keys + values)
         history = (self.conv_weight.shape[1] - 1) * self.conv_weight.shape[0]
         return keys * values // self.num_heads + history + kept + held

@@ -23,11 +23,15 @@ from models.sequence import (
 ABSENT = torch.iinfo(torch.int64).max  # the index of no chunk: behind every query
 
 
+def keys_and_values(k: Tensor, v: Tensor | None) -> tuple[Tensor, ...]:
+    """Both; or, where v is None, the one tensor that is both."""
+    return (k,) if v is None else (k, v)
+
+
 class RoutedKeys(NamedTuple):
     """Chunks of keys and values, other ones for each key head."""
 
-    k: Tensor  # [batch, kv_heads, slots, chunk, dim]
-    v: Tensor  # [batch, kv_heads, slots, chunk, v_dim]
+    kv: tuple[Tensor, ...]  # `keys_and_values`, each [batch, kv_heads, slots, chunk, dim or v_dim]
     # [batch, kv_heads, slots] int64: of a chunk's first token in the packed global sequence, or
     # ABSENT for an empty slot
     start: Tensor
@@ -53,7 +57,7 @@ class RoutedAttention(SequenceOp):
         self,
         q: Tensor,
         k: Tensor,
-        v: Tensor,
+        v: Tensor | None,
         keep: Tensor,
         info: SequenceInfo,
         *,
@@ -62,9 +66,10 @@ class RoutedAttention(SequenceOp):
     ) -> Tensor:
         """-> [batch, seq, heads, v_dim], 0 where a query sees no key.
 
-        q, k, v as in `SoftmaxAttention`. keep: [batch, seq, kv_heads] 0 or 1, equal for the tokens
-        of a chunk: for later chunks it multiplies exp(score), and so has a gradient, of which the
-        sum over a chunk is defined. past: kept chunks that come before the row, in decoding.
+        q, k, v as in `SoftmaxAttention`; v None: the keys are the values, too. keep: [batch, seq,
+        kv_heads] 0 or 1, equal for the tokens of a chunk: for later chunks it multiplies
+        exp(score), and so has a gradient, of which the sum over a chunk is defined. past: kept
+        chunks that come before the row, in decoding.
         """
 
 

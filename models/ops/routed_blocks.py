@@ -3,7 +3,8 @@
 Everything is in rows, one for each batch row and key head, and chunks: queries [R, N, P, dim], with
 P the queries of a chunk, C tokens times the query heads of a key head; keys [R, M, C, dim]; all in
 fp32 or wider, queries scaled. The keys of a row come in any order and with gaps, whose index is
-ABSENT; chunks that no query sees are neither copied nor multiplied.
+ABSENT; chunks that no query sees are neither copied nor multiplied. kv are keys and values, or one
+tensor that is both.
 """
 
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+Rows = tuple[Tensor, ...]
 
 CPU_SCORES, CUDA_SCORES = 2**21, 2**26  # scores that exist at a time
 
@@ -107,41 +110,51 @@ def _tiles(first: Tensor, behind: Tensor, size: int) -> Iterator[Tile]:
             yield Tile(queries, slice(start, stop))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, kv: Rows, seen: Tensor) -> tuple[Tensor, Tensor]:
     """Output [R, N, P, v_dim] and lse [R, N, P]; 0 and -inf where a query sees no key.
 
     seen: broadcasts over [R, N, P, M, C].
     """
-    scores = _scores(q, k, seen)
+    scores = _scores(q, kv[0], seen)
     lse = scores.logsumexp(-1)
     weights = scores.sub_(lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1)).exp_()
-    output = weights @ v.flatten(1, 2)
+    output = weights @ kv[-1].flatten(1, 2)
     return output.view(*q.shape[:3], -1), lse.view(q.shape[:3])
 
 
 class Grads(NamedTuple):
     q: Tensor
-    k: Tensor
-    v: Tensor
+    kv: Rows
     gate: Tensor  # [R, M], of what multiplies exp(score) for a chunk of keys
 
     @classmethod
-    def zeros(cls, q: Tensor, k: Tensor, v: Tensor) -> "Grads":
-        grad_q, grad_k, grad_v = (x.new_zeros(x.shape) for x in (q, k, v))
-        return cls(grad_q, grad_k, grad_v, k.new_zeros(k.shape[:2]))
+    def zeros(cls, q: Tensor, kv: Rows) -> "Grads":
+        grad_q, *grad_kv = (x.new_zeros(x.shape) for x in (q, *kv))
+        return cls(grad_q, tuple(grad_kv), q.new_zeros(kv[0].shape[:2]))
+
+    @property
+    def of_chunks(self) -> Rows:
+        """Those of the chunks of keys."""
+        return *self.kv, self.gate
+
+    def like(self, q: Tensor, gate: Tensor, *kv: Tensor) -> Rows:
+        """In this order, and in the dtypes of what they are of."""
+        pairs = zip((self.q, self.gate, *self.kv), (q, gate, *kv), strict=True)
+        return tuple(grad.to(x.dtype) for grad, x in pairs)
 
 
 def attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, seen: Tensor
+    grad: Tensor, q: Tensor, kv: Rows, lse: Tensor, delta: Tensor, seen: Tensor
 ) -> Grads:
     """lse: over all keys; delta: sum of output times its gradient; both [R, N, P]."""
-    flat = grad.flatten(1, 2)
+    flat, k, v = grad.flatten(1, 2), kv[0], kv[-1]
     weights = _scores(q, k, seen).sub_(lse.flatten(1).unsqueeze(-1)).exp_()
-    grad_v = weights.mT @ flat
+    grad_v = (weights.mT @ flat).view_as(v)
     grad_scores = (flat @ v.flatten(1, 2).mT).sub_(delta.flatten(1).unsqueeze(-1)).mul_(weights)
-    grad_q, grad_k = grad_scores @ k.flatten(1, 2), grad_scores.mT @ q.flatten(1, 2)
+    grad_q = (grad_scores @ k.flatten(1, 2)).view_as(q)
+    grad_k = (grad_scores.mT @ q.flatten(1, 2)).view_as(k)
     gate = grad_scores.sum(1).view(*k.shape[:3]).sum(-1)
-    return Grads(grad_q.view_as(q), grad_k.view_as(k), grad_v.view_as(v), gate)
+    return Grads(grad_q, (grad_k, grad_v) if len(kv) == 2 else (grad_k.add_(grad_v),), gate)
 
 
 def _scores(q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
@@ -151,17 +164,17 @@ def _scores(q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
     return scores
 
 
-def block(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+def block(q: Tensor, kv: Rows, plan: Plan) -> tuple[Tensor, Tensor]:
     """Output [R, N, P, v_dim] and lse [R, N, P] over the keys that the plan shows."""
-    output = q.new_zeros(*q.shape[:3], v.shape[-1])
+    output = q.new_zeros(*q.shape[:3], kv[-1].shape[-1])
     lse = q.new_full(q.shape[:3], -torch.inf)
     for group in plan.groups:
         at = plan.places(group)
-        queries, keys, values = group.take(q), k[at], v[at]
+        queries, seen = group.take(q), [x[at] for x in kv]
         outputs, sums = group.take(output), group.take(lse)
         for tile in group.tiles:
-            part = queries[:, tile.queries], keys[:, tile.keys], values[:, tile.keys]
-            results = attend(*part, plan.seen(group, tile))
+            part = tuple(x[:, tile.keys] for x in seen)
+            results = attend(queries[:, tile.queries], part, plan.seen(group, tile))
             outputs[:, tile.queries], sums[:, tile.queries] = results
         group.put(output, outputs)
         group.put(lse, sums)
@@ -169,30 +182,29 @@ def block(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
 
 
 def block_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, plan: Plan
+    grad: Tensor, q: Tensor, kv: Rows, lse: Tensor, delta: Tensor, plan: Plan
 ) -> Grads:
     """Gradients due to the keys that the plan shows, given what `attend_backward` is."""
-    total = Grads.zeros(q, k, v)
+    total = Grads.zeros(q, kv)
     for group in plan.groups:
         at = plan.places(group)
-        queries, keys, values = group.take(q), k[at], v[at]
+        queries, seen = group.take(q), tuple(x[at] for x in kv)
         outer, sums, deltas = (group.take(x) for x in (grad, lse, delta))
-        grads = Grads.zeros(queries, keys, values)
+        grads = Grads.zeros(queries, seen)
         for tile in group.tiles:
             part = attend_backward(
                 outer[:, tile.queries],
                 queries[:, tile.queries],
-                keys[:, tile.keys],
-                values[:, tile.keys],
+                tuple(x[:, tile.keys] for x in seen),
                 sums[:, tile.queries],
                 deltas[:, tile.queries],
                 plan.seen(group, tile),
             )
             grads.q[:, tile.queries] = part.q
-            for so_far, more in zip(grads[1:], part[1:], strict=True):
+            for so_far, more in zip(grads.of_chunks, part.of_chunks, strict=True):
                 so_far[:, tile.keys] += more
         group.put(total.q, grads.q)
-        for of_all, of_group in zip(total[1:], grads[1:], strict=True):
+        for of_all, of_group in zip(total.of_chunks, grads.of_chunks, strict=True):
             of_all[at] = of_group
     return total
 
@@ -211,14 +223,15 @@ def causal(q: Tensor, k: Tensor) -> Tensor:
     return (query.unsqueeze(1) >= torch.arange(tokens, device=q.device)).unsqueeze(1)
 
 
-def own_chunks(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def own_chunks(q: Tensor, kv: Rows) -> tuple[Tensor, Tensor]:
     """Output and lse of queries over the keys of their own chunk up to themselves."""
-    output, lse = q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3])
-    q_rows, k_rows, v_rows = (_as_rows(x) for x in (q, k, v))
+    output = q.new_empty(*q.shape[:3], kv[-1].shape[-1])
+    lse = q.new_empty(q.shape[:3])
+    q_rows, *kv_rows = (_as_rows(x) for x in (q, *kv))
     outputs, sums = output.flatten(0, 1), lse.flatten(0, 1)
-    seen = causal(q, k)
-    for part in own_tiles(q, k):
-        results = attend(q_rows[part], k_rows[part], v_rows[part], seen)
+    seen = causal(q, kv[0])
+    for part in own_tiles(q, kv[0]):
+        results = attend(q_rows[part], tuple(x[part] for x in kv_rows), seen)
         outputs[part], sums[part] = (x.squeeze(1) for x in results)
     return output, lse
 
@@ -228,17 +241,16 @@ def _as_rows(x: Tensor) -> Tensor:
     return x.flatten(0, 1).unsqueeze(1)
 
 
-def own_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) due to the own chunk."""
+def own_backward(grad: Tensor, q: Tensor, kv: Rows, lse: Tensor, delta: Tensor) -> Grads:
+    """Due to the own chunk, which has no gate."""
     by_query = [_as_rows(x) for x in (grad, q, lse, delta)]
-    k_rows, v_rows = _as_rows(k), _as_rows(v)
-    grads = [x.new_empty(x.shape) for x in (q, k, v)]
-    seen = causal(q, k)
-    for part in own_tiles(q, k):
+    kv_rows = [_as_rows(x) for x in kv]
+    grad_q, *grad_kv = (x.new_empty(x.shape) for x in (q, *kv))
+    seen = causal(q, kv[0])
+    for part in own_tiles(q, kv[0]):
         outer, queries, sums, deltas = (x[part] for x in by_query)
-        pieces = attend_backward(outer, queries, k_rows[part], v_rows[part], sums, deltas, seen)
-        for total, piece in zip(grads, pieces[:3], strict=True):
-            total.flatten(0, 1)[part] = piece.squeeze(1)
-    return grads[0], grads[1], grads[2]
+        keys = tuple(x[part] for x in kv_rows)
+        piece = attend_backward(outer, queries, keys, sums, deltas, seen)
+        for total, more in zip((grad_q, *grad_kv), (piece.q, *piece.kv), strict=True):
+            total.flatten(0, 1)[part] = more.squeeze(1)
+    return Grads(grad_q, tuple(grad_kv), q.new_zeros(kv[0].shape[:2]))

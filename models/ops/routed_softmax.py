@@ -4,15 +4,17 @@ NAtS-L, arXiv 2602.03681. `DenseRoutedAttention` is the definition; `TiledRouted
 the kept chunks of every key head together and multiplies nothing else.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from models.ops.routed import ABSENT, RoutedAttention, RoutedKeys
+from models.ops.routed import ABSENT, RoutedAttention, RoutedKeys, keys_and_values
 from models.ops.routed_blocks import (
     Grads,
     Plan,
+    Rows,
     Sight,
     block,
     block_backward,
@@ -33,7 +35,7 @@ class DenseRoutedAttention(RoutedAttention):
         self,
         q: Tensor,
         k: Tensor,
-        v: Tensor,
+        v: Tensor | None,
         keep: Tensor,
         info: SequenceInfo,
         *,
@@ -42,16 +44,16 @@ class DenseRoutedAttention(RoutedAttention):
     ) -> Tensor:
         dtype = q.dtype
         with full_precision(q):
-            q, k, v = widen(q), widen(k), widen(v)
+            q, *kv = widen(q), *map(widen, keys_and_values(k, v))
             gate, shown = self._gate(widen(keep), info)  # [B, kv heads, S, key S]
             if past is not None:
-                k, v = (
-                    torch.cat((_tokens(widen(x)), y), 1)
-                    for x, y in zip(past[:2], (k, v), strict=True)
-                )
+                kv = [
+                    torch.cat((_tokens(widen(x)), y), 1) for x, y in zip(past.kv, kv, strict=True)
+                ]
                 earlier = self._past(past, info)
                 gate = torch.cat((earlier.to(gate.dtype), gate), dim=-1)
                 shown = torch.cat((earlier, shown), dim=-1)
+            k, v = kv[0], kv[-1]
             queries = q.unflatten(2, (k.shape[2], -1)) * (scale or q.shape[-1] ** -0.5)
             scores = torch.einsum("bqhgd,bkhd->bhgqk", queries, k)
             scores = scores.masked_fill(~shown.unsqueeze(2), -torch.inf)
@@ -101,27 +103,26 @@ class TiledRoutedAttention(RoutedAttention):
         self,
         q: Tensor,
         k: Tensor,
-        v: Tensor,
+        v: Tensor | None,
         keep: Tensor,
         info: SequenceInfo,
         *,
         scale: float | None = None,
         past: RoutedKeys | None = None,
     ) -> Tensor:
-        q, k, v = autocast(q, k, v)
+        q, *kv = autocast(q, *keys_and_values(k, v))
         grid = chunk_grid(info, self.chunk)
         with full_precision(q):
-            output = _Routed.apply(*rows_of(q, k, v, keep, grid, scale), grid, self, past)
+            output = _Routed.apply(grid, self, past, *rows_of(q, kv, keep, grid, scale))
             return tokens_of(output, q, grid)
 
 
 def rows_of(
-    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, grid: ChunkGrid, scale: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries, keys, values and gates [R, N] as rows: queries scaled, in fp32 or wider."""
-    queries = query_rows(grid.cut(widen(q) * (scale or q.shape[-1] ** -0.5)), k.shape[2])
-    keys, values = (key_rows(grid.cut(x)) for x in (k, v))
-    return queries, keys, values, keep_rows(grid.cut(keep)[:, :, 0])
+    q: Tensor, kv: Sequence[Tensor], keep: Tensor, grid: ChunkGrid, scale: float | None
+) -> Rows:
+    """Queries, gates [R, N], keys and values as rows: queries scaled, in fp32 or wider."""
+    queries = query_rows(grid.cut(widen(q) * (scale or q.shape[-1] ** -0.5)), kv[0].shape[2])
+    return queries, keep_rows(grid.cut(keep)[:, :, 0]), *(key_rows(grid.cut(x)) for x in kv)
 
 
 def tokens_of(output: Tensor, q: Tensor, grid: ChunkGrid) -> Tensor:
@@ -164,42 +165,41 @@ def kept_index(kept: Tensor, grid: ChunkGrid) -> Tensor:
 
 
 def remember(
-    past: RoutedKeys | None, k: Tensor, v: Tensor, keep: Tensor, grid: ChunkGrid
+    past: RoutedKeys | None, kv: Sequence[Tensor], keep: Tensor, grid: ChunkGrid
 ) -> RoutedKeys:
     """`past` and the chunks of [batch, seq, kv_heads, ...] that are whole and kept, in as many
     slots as the fullest head needs; keep: [batch, chunks, kv_heads]."""
-    batch = k.shape[0]
-    starts = kept_index(keep_rows(keep) > 0, grid)
-    rows = [key_rows(grid.cut(k)), key_rows(grid.cut(v)), starts]
-    keys = RoutedKeys(*[x.unflatten(0, (batch, -1)) for x in rows])
+    rows = [kept_index(keep_rows(keep) > 0, grid), *(key_rows(grid.cut(x)) for x in kv)]
+    start, *chunks = (x.unflatten(0, (len(keep), -1)) for x in rows)
     if past is not None:
-        keys = RoutedKeys(*[torch.cat(pair, dim=2) for pair in zip(past, keys, strict=True)])
-    slots = int((keys.start != ABSENT).sum(-1).amax())
-    start, order = keys.start.sort(dim=-1)
+        pairs = zip((past.start, *past.kv), (start, *chunks), strict=True)
+        start, *chunks = (torch.cat(pair, dim=2) for pair in pairs)
+    slots = int((start != ABSENT).sum(-1).amax())
+    start, order = start.sort(dim=-1)
     order = order[..., :slots, None, None]
-    k, v = (x.gather(2, order.expand(-1, -1, -1, *x.shape[3:])) for x in keys[:2])
-    return RoutedKeys(k, v, start[..., :slots].clone())
+    chunks = [x.gather(2, order.expand(-1, -1, -1, *x.shape[3:])) for x in chunks]
+    return RoutedKeys(tuple(chunks), start[..., :slots].clone())
 
 
 class Attending:
     """Attention of rows of queries to their own chunks, if `own`, to which others are added.
 
-    q, k, v: in rows, in fp32 or wider.
+    q, kv: in rows, in fp32 or wider.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, grid: ChunkGrid, *, own: bool) -> None:
+    def __init__(self, q: Tensor, kv: Rows, grid: ChunkGrid, *, own: bool) -> None:
         self.q, self.sight = q, sight(grid, len(q) // grid.shape[0])
         if own:
-            self.output, self.lse = own_chunks(q, k, v)
+            self.output, self.lse = own_chunks(q, kv)
         else:
-            self.output = q.new_zeros(*q.shape[:3], v.shape[-1])
+            self.output = q.new_zeros(*q.shape[:3], kv[-1].shape[-1])
             self.lse = q.new_full(q.shape[:3], -torch.inf)
 
-    def add(self, k: Tensor, v: Tensor, index: Tensor) -> Plan:
+    def add(self, kv: Rows, index: Tensor) -> Plan:
         """Earlier chunks at these indices [R, M]; -> who sees them, for the backward."""
-        plan = Plan.make(index, self.sight, k.shape[2], self.q.shape[2])
+        plan = Plan.make(index, self.sight, kv[0].shape[2], self.q.shape[2])
         if plan.groups:
-            merge_(self.output, self.lse, *block(self.q, k, v, plan))
+            merge_(self.output, self.lse, *block(self.q, kv, plan))
         return plan
 
     def finish(self) -> tuple[Tensor, Tensor]:
@@ -214,21 +214,19 @@ class Gradients:
         self.grad, self.q, self.lse = grad, q, lse
         self.delta = (grad * output).sum(-1)
 
-    def of(self, k: Tensor, v: Tensor, plan: Plan) -> Grads:
-        return block_backward(self.grad, self.q, k, v, self.lse, self.delta, plan)
+    def of(self, kv: Rows, plan: Plan) -> Grads:
+        return block_backward(self.grad, self.q, kv, self.lse, self.delta, plan)
 
-    def own(self, k: Tensor, v: Tensor, *, own: bool) -> Grads:
+    def own(self, kv: Rows, *, own: bool) -> Grads:
         """Due to own chunks, if queries see them."""
         if not own:
-            return Grads.zeros(self.q, k, v)
-        parts = own_backward(self.grad, self.q, k, v, self.lse, self.delta)
-        return Grads(*parts, k.new_zeros(k.shape[:2]))
+            return Grads.zeros(self.q, kv)
+        return own_backward(self.grad, self.q, kv, self.lse, self.delta)
 
     def add_local(
         self,
         total: Grads,
-        k: Tensor,
-        v: Tensor,
+        kv: Rows,
         gates: Tensor,
         grid: ChunkGrid,
         plan: Plan,
@@ -236,47 +234,48 @@ class Gradients:
         counterfactual: bool,
     ) -> None:
         """Adds those due to the earlier chunks of this row; plan: of those that are kept."""
-        for so_far, more in zip(total, self.of(k, v, plan), strict=True):
+        grads = self.of(kv, plan)
+        total.q.add_(grads.q)
+        for so_far, more in zip(total.of_chunks, grads.of_chunks, strict=True):
             so_far += more
         if counterfactual:
-            view = sight(grid, len(k) // grid.shape[0])
-            dropped = Plan.make(kept_index(gates <= 0, grid), view, k.shape[2], self.q.shape[2])
-            total.gate.add_(self.of(k, v, dropped).gate)
+            view = sight(grid, len(gates) // grid.shape[0])
+            index = kept_index(gates <= 0, grid)
+            dropped = Plan.make(index, view, kv[0].shape[2], self.q.shape[2])
+            total.gate.add_(self.of(kv, dropped).gate)
 
 
 class _Routed(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Tensor,
         grid: ChunkGrid,
         op: RoutedAttention,
         past: RoutedKeys | None,
+        q: Tensor,
+        gates: Tensor,
+        *kv: Tensor,
     ) -> Tensor:
-        keys, values = widen(k), widen(v)
-        attention = Attending(q, keys, values, grid, own=op.own)
-        plan = attention.add(keys, values, kept_index(gates > 0, grid))
+        wide = tuple(map(widen, kv))
+        attention = Attending(q, wide, grid, own=op.own)
+        plan = attention.add(wide, kept_index(gates > 0, grid))
         if past is not None:
-            past_k, past_v, index = (x.flatten(0, 1) for x in past)
-            attention.add(widen(past_k), widen(past_v), index)
+            earlier = tuple(widen(x.flatten(0, 1)) for x in past.kv)
+            attention.add(earlier, past.start.flatten(0, 1))
         output, lse = attention.finish()
-        ctx.save_for_backward(q, k, v, gates, output, lse)
+        ctx.save_for_backward(output, lse, q, gates, *kv)
         ctx.grid, ctx.plan, ctx.op = grid, plan, op
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
-        q, k, v, gates, output, lse = ctx.saved_tensors
+        output, lse, q, gates, *kv = ctx.saved_tensors
         ctx.op.pairs += ctx.plan.pairs
         with full_precision(grad):
-            gradients = Gradients(grad, q, output, lse)
-            local = widen(k), widen(v)
-            total = gradients.own(*local, own=ctx.op.own)
+            gradients, wide = Gradients(grad, q, output, lse), tuple(map(widen, kv))
+            total = gradients.own(wide, own=ctx.op.own)
+            counterfactual = ctx.op.counterfactual
             gradients.add_local(
-                total, *local, gates, ctx.grid, ctx.plan, counterfactual=ctx.op.counterfactual
+                total, wide, gates, ctx.grid, ctx.plan, counterfactual=counterfactual
             )
-        of_each = zip(total, (q, k, v, gates), strict=True)
-        return *(grad.to(x.dtype) for grad, x in of_each), None, None, None
+        return None, None, None, *total.like(q, gates, *kv)

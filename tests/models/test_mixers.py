@@ -37,6 +37,7 @@ OPTIONS = [
     ("nats_l", {"chunk": 16, "router_grad": "counterfactual", "negative_eigenvalues": True}),
     ("nats_l", {"chunk": 16, "own_chunk": "softmax", "temperature": 0.5}),
     ("nats_l", {"chunk": 16, "own_chunk": "linear", "decay_softmax_chunks": False}),
+    ("nats_l", {"chunk": 8, "latent_rank": 6}),
     ("nats_l", {"chunk": 8, "router": "strided", "static_share": 0.4}),
     ("nats_l", {"chunk": 8, "router": "random", "static_share": 0.4}),
 ]

@@ -88,11 +88,17 @@ def inputs(
     return [q, k, v, routing(whole(peers), kv_heads).requires_grad_(), weight]
 
 
-def attend(op: RoutedAttention, tensors: list[Tensor], info: SequenceInfo) -> list[Tensor]:
-    """Output and the gradients of q, k, v and keep, of the latter the sum over a chunk."""
-    *qkv, weight = tensors
-    output, grid = op(*qkv, info), chunk_grid(info, CHUNK)
-    *grads, gate = torch.autograd.grad((output * weight).sum(), qkv)
+def attend(
+    op: RoutedAttention, tensors: list[Tensor], info: SequenceInfo, *, shared: bool = False
+) -> list[Tensor]:
+    """Output and the gradients of q, k, v and keep, of the latter the sum over a chunk; shared:
+    without v, the keys being the values, too."""
+    q, k, v, keep, weight = tensors
+    output = op(q, k, None if shared else v, keep, info)
+    leaves = [q, k, keep] if shared else [q, k, v, keep]
+    loss = (output[..., : weight.shape[-1]] * weight).sum()  # latents are wider than values
+    *grads, gate = torch.autograd.grad(loss, leaves)
+    grid = chunk_grid(info, CHUNK)
     return [output.detach(), *grads, grid.spread(grid.cut(gate).sum(2))]
 
 
@@ -101,10 +107,13 @@ def error(
     peers: tuple[Row, ...],
     heads: tuple[int, int],
     axis: Axis,
+    shared: bool = False,
     **keywords: bool,
 ) -> float:
     """On this rank, of everything, against the definition on the whole sequence."""
     tensors, info = inputs(peers, heads), rank_info(peers, axis.rank)
-    expected = attend(DenseRoutedAttention(chunk=CHUNK, **keywords), tensors, whole(peers))
+    dense = DenseRoutedAttention(chunk=CHUNK, **keywords)
+    expected = attend(dense, tensors, whole(peers), shared=shared)
     scheme = build(TiledRoutedAttention(chunk=CHUNK, **keywords), axis)
-    return worst(attend(scheme, [local(x, info) for x in tensors], info), expected, info)
+    got = attend(scheme, [local(x, info) for x in tensors], info, shared=shared)
+    return worst(got, expected, info)

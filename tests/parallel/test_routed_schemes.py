@@ -3,6 +3,7 @@
 from collections import Counter
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import product
 from unittest.mock import patch
 
 import pytest
@@ -45,7 +46,8 @@ def check_schemes(axis: Axis) -> None:
     for i, (case, peers) in enumerate(cases(axis.ranks)):
         heads, own = HEADS[i % len(HEADS)], not case.endswith("one")
         for name, build in SCHEMES.items():
-            found = error(build, peers, heads, axis, own=own, counterfactual=i % 2 == 1)
+            keywords = {"own": own, "counterfactual": i % 2 == 1, "shared": i % 5 == 4}
+            found = error(build, peers, heads, axis, **keywords)
             assert found < 1e-10, (case, heads, name, found)
 
 
@@ -126,9 +128,11 @@ def check_bytes(axis: Axis) -> None:
         op = TiledRoutedAttention(chunk=CHUNK, counterfactual=counterfactual)
         for case, peers in cases(axis.ranks):
             if case in ("zigzag edges", "contiguous three ranks", "dealt one"):
-                for scheme in ("ring", "gather"):
-                    got = traffic(SCHEMES[scheme](op, axis), axis, peers)
-                    assert got == predicted(peers, axis.rank, counterfactual), (case, scheme)
+                for scheme, shared in product(("ring", "gather"), (False, True)):
+                    got = traffic(SCHEMES[scheme](op, axis), axis, peers, shared=shared)
+                    width = DIM if shared else DIM + V_DIM
+                    expected = predicted(peers, axis.rank, counterfactual, width)
+                    assert got == expected, (case, scheme, shared)
     check_share(axis)
     peers = planned([8] * axis.ranks, axis.ranks, "balanced")
     for build in SCHEMES.values():
@@ -138,10 +142,10 @@ def check_bytes(axis: Axis) -> None:
 HALF = (8, 4)  # heads, of keys at every other chunk
 
 
-def traffic(op, axis: Axis, peers: tuple[Row, ...]) -> Counter[str]:
+def traffic(op, axis: Axis, peers: tuple[Row, ...], *, shared: bool = False) -> Counter[str]:
     """Of bf16, by direction."""
     info = rank_info(peers, axis.rank)
-    attend(op, [local(x, info) for x in half_kept(peers)], info)
+    attend(op, [local(x, info) for x in half_kept(peers)], info, shared=shared)
     found: Counter[str] = Counter()
     for (_, served, direction), received in axis.traffic.take().items():
         assert served == "routed"
@@ -157,12 +161,13 @@ def half_kept(peers: tuple[Row, ...]) -> list[torch.Tensor]:
     return [q, k, v, keep.double().requires_grad_(), weight]
 
 
-def predicted(peers: tuple[Row, ...], rank: int, counterfactual: bool) -> Counter[str]:
-    """From the tokens that some rank reads and the heads that keep them, one by one."""
+def predicted(peers: tuple[Row, ...], rank: int, counterfactual: bool, width: int) -> Counter[str]:
+    """From the tokens that some rank reads and the heads that keep them, one by one; width: of a
+    token and head."""
     keep = half_kept(peers)[3][0].detach()
     read, again, returned = Counter(), 0.0, 0.0
     for (owner, index), ranks in readers(peers, True).items():
-        kept, width = float(keep[index].sum()), DIM + V_DIM
+        kept = float(keep[index].sum())
         if rank in ranks:
             read["masks"] += HALF[1] / CHUNK
             read["kept"] += 2 * width * kept
@@ -282,7 +287,7 @@ def test_bad_input(axis):
     peers = planned([16], 2, "contiguous")
     info = rank_info(peers, 0)
     *tensors, _ = (local(x, info) for x in inputs(peers, (4, 2)))
-    past = RoutedKeys(*[torch.zeros(1)] * 3)
+    past = RoutedKeys((torch.zeros(1),), torch.zeros(1))
     for name, build in SCHEMES.items():
         scheme = build(TiledRoutedAttention(chunk=CHUNK), axis)
         with pytest.raises(ValueError, match="got past chunks; parallel=single takes them"):

@@ -29,6 +29,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("gdn", {"num_key_heads": 2}),
     ("mamba2", {"num_kv_heads": 2, "num_groups": 4}),
     ("nats_l", {"router_grad": "counterfactual"}),
+    ("nats_l", {"latent_rank": 6}),
 ]
 SMALL = {"num_heads": 4, "head_dim": 8, "state_dim": 8, "chunk": CHUNK}  # where a mixer has these
 SCHEMES = (  # softmax and latent, recurrence
@@ -99,9 +100,17 @@ def test_a_routed_mixer_sends_kept_chunks_and_states():
 
 
 def check_routed_bytes(axis: Axis) -> None:
-    """Half of the chunks are kept: within 5% half of what a gather of all keys receives."""
+    """Half of the chunks are kept: within 5% half of what a gather of all keys, or of all latents,
+    receives."""
+    keys = SoftmaxShape(heads=4, kv_heads=4, dim=4, v_dim=8)
+    latents = SoftmaxShape(heads=4, kv_heads=2, dim=24, v_dim=24, shared=True)
+    for rank, shape in ((None, keys), (24, latents)):
+        check_share(axis, shape, latent_rank=rank)
+
+
+def check_share(axis: Axis, shape: SoftmaxShape, **keywords: Any) -> None:
     peers = planned_layout([61, 200, 7], axis.ranks, "balanced")
-    options = SMALL | {"num_heads": 2, "router": "strided", "static_share": 0.5}
+    options = SMALL | {"num_heads": 2, "router": "strided", "static_share": 0.5} | keywords
     del options["state_dim"]
     holder = nn.ModuleDict({"mixer": make_mixer("nats_l", **options)})
     axes = {"context": axis, "ulysses": axis, "ring": axis}
@@ -118,7 +127,6 @@ def check_routed_bytes(axis: Axis) -> None:
     states = RecurrenceShape(heads=2, key_dim=8, value_dim=16, decays=1, transition=64)
     expected = states_bytes(states, planned_links(peers, axis.rank), size=8)
     assert received["recurrence"] == expected.total
-    shape = SoftmaxShape(heads=4, kv_heads=4, dim=4, v_dim=8)
     dense = softmax_bytes(shape, planned("gather", peers, axis.rank), size=8).total
     both = torch.tensor([received["routed"], dense], dtype=torch.float64)
     dist.all_reduce(both)

@@ -71,6 +71,21 @@ def keep_by_chunk(info: SequenceInfo, keep: Tensor) -> Tensor:
     return chunk_grid(info, CHUNK).cut(keep)[:, :, 0].detach()
 
 
+@pytest.mark.parametrize("op", [DenseRoutedAttention, TiledRoutedAttention])
+@pytest.mark.parametrize("info", INFOS.values(), ids=INFOS)
+def test_keys_that_are_the_values_equal_a_copy_of_them(info, op, tile_size):
+    """Their gradient is that of both."""
+    attention = op(chunk=CHUNK, counterfactual=True)
+    q, k, _, keep = inputs(info, routing(info))
+
+    def results(*copies: Tensor | None) -> list[Tensor]:
+        output = attention(q, k, *copies, keep, info)
+        *grads, gate = torch.autograd.grad(output.square().sum(), [q, k, keep])
+        return [output, *grads, chunk_grid(info, CHUNK).cut(gate).sum(2)]
+
+    assert_equal(results(None), results(k), 1e-12)
+
+
 @pytest.mark.parametrize("info", INFOS.values(), ids=INFOS)
 def test_without_the_own_chunk(info):
     keywords = {"chunk": CHUNK, "own": False, "counterfactual": True}
@@ -123,9 +138,15 @@ def test_kept_chunks_of_the_past_equal_a_longer_row(op):
     whole = attention(q, k, v, keep, info)
     chunks = [x[:, :16].unflatten(1, (4, CHUNK)).permute(0, 3, 1, 2, 4) for x in (k, v)]
     kept = keep[:, :16:CHUNK].transpose(1, 2) > 0
-    past = RoutedKeys(*chunks, torch.arange(0, 16, CHUNK).where(kept, torch.tensor(ABSENT)))
+    start = torch.arange(0, 16, CHUNK).where(kept, torch.tensor(ABSENT))
+    past = RoutedKeys(tuple(chunks), start)
     rest = [x[:, 16:] for x in (q, k, v, keep)]
     later = attention(*rest, SequenceInfo.span(2, 16, 31), past=past)
+    assert_equal([later], [whole[:, 16:]], 1e-12)
+    whole = attention(q, k, k, keep, info)
+    q, k, _, keep = rest
+    past = RoutedKeys((chunks[0],), start)
+    later = attention(q, k, None, keep, SequenceInfo.span(2, 16, 31), past=past)
     assert_equal([later], [whole[:, 16:]], 1e-12)
 
 
