@@ -26,7 +26,8 @@ class BalancedRouter(Island):
 
     @abstractmethod
     def update_bias(self, counts: Tensor, rate: float) -> None:
-        """Moves the bias by `rate`; counts are those of the whole step, over all ranks."""
+        """Moves the bias; counts are those of the whole step, over all ranks. rate: by how much,
+        where the counts do not tell."""
 
 
 def count_in_backward(x: Tensor, load: Tensor, counts: Tensor) -> Tensor:

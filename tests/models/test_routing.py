@@ -74,22 +74,61 @@ def test_counts_tokens_once_per_backward_and_no_padding():
     tokens = (grid.length * grid.real).unsqueeze(-1)
     kept = (keep.detach() * tokens).sum((0, 1))
     expected = torch.stack((kept, 36 - kept), dim=-1).flatten().long()
-    assert torch.equal(router.counts, expected) and 0 < kept[0] < 36
+    taken, margins = router.counts.split([2 * HEADS, len(router.counts) - 2 * HEADS])
+    assert torch.equal(taken, expected) and 0 < kept[0] < 36
+    assert margins[len(margins) // 2 :].sum() == kept.sum() and margins.sum() == 36 * HEADS
     torch.testing.assert_close(router.share(router.counts), kept.float() / 36)
 
 
-def test_the_bias_moves_to_the_target_and_decides():
+@pytest.mark.parametrize("scale", [0.01, 1, 30])
+@pytest.mark.parametrize("target", [0.0, 0.3, 1.0])
+def test_the_bias_brings_logits_of_any_size_to_the_target(scale, target):
     grid = chunk_grid(SequenceInfo.from_lengths([[400]]), CHUNK)
-    router, mean = make_router(target=0.3).float(), means(grid).float()
+    router = make_router(target=target)
+    mean = (scale * (means(grid).detach() + draw(WIDTH))).requires_grad_()  # heads far apart
     for _ in range(60):
         keep, write = router(mean, grid)
         (keep.sum() + write.sum()).backward()
         router.update_bias(router.counts, 0.1)
         router.counts.zero_()
-    assert abs(float(keep.detach().mean()) - 0.3) < 0.05
-    untouched = make_router()
-    untouched.update_bias(torch.ones(2 * HEADS), 0.1)
-    assert not untouched.bias.any()
+    assert abs(float(keep.detach().mean()) - target) < 0.02
+
+
+def test_a_target_is_held_while_logits_drift():
+    """The trend keeps up with them; half steps alone would stay three points behind."""
+    grid = chunk_grid(SequenceInfo.from_lengths([[400]]), CHUNK)
+    router, mean, shares = make_router(target=0.3), means(grid), []
+    for step in range(80):
+        keep, write = router(mean + 0.5 * step * draw(WIDTH), grid)
+        (keep.sum() + write.sum()).backward()
+        shares.append(float(keep.detach().mean()))
+        router.update_bias(router.counts, 0.1)
+        router.counts.zero_()
+    assert shares[-40:] == pytest.approx([0.3] * 40, abs=0.015)
+
+
+def test_a_target_is_held_while_a_layer_learns():
+    mixer = make_mixer("nats_l", chunk=4, head_dim=8, softmax_target=0.25)
+    router, info = mixer.router, SequenceInfo.from_lengths([[128]] * 2)
+    generator = torch.Generator().manual_seed(1)
+    optimiser = torch.optim.AdamW(mixer.parameters(), lr=0.01, betas=(0.9, 0.95))
+    shares = []
+    for _ in range(60):
+        x = torch.randn(2, 128, 24, generator=generator, dtype=torch.float64) + 1
+        optimiser.zero_grad()
+        (mixer(x, info)[:, 8:] - x[:, :-8]).square().mean().backward()
+        optimiser.step()
+        shares.append(float(router.share(router.counts).mean()))
+        router.update_bias(router.counts, 0.1)
+        router.counts.zero_()
+    assert router.bias < -1  # off by so much without it
+    assert sum(shares[-30:]) / 30 == pytest.approx(0.25, abs=0.03)
+
+
+def test_without_a_target_or_tokens_the_bias_stays():
+    for router, count in ((make_router(), 1), (make_router(target=0.3), 0)):
+        router.update_bias(torch.full_like(router.counts, count), 0.1)
+        assert not router.bias.any() and not router.trend.any()
 
 
 def test_a_repeated_pass_takes_the_choices_again():
@@ -135,11 +174,18 @@ def test_the_cache_holds_kept_chunks_alone():
     assert cache["open_k"].shape[1] == 84 - 80
 
 
+def test_latents_are_cached_once_for_the_heads_that_share_them():
+    mixer = make_mixer("nats_l", chunk=8, latent_rank=6, router="strided", static_share=0.5)
+    cache: dict[str, Tensor] = {}
+    mixer(draw(1, 64, 24), SequenceInfo.span(1, 0, 64), cache)
+    assert cache["kept_k"].shape == (1, 2, 4, 8, 6) and "kept_v" not in cache
+
+
 def test_heads_route_differently_and_own_head_counts():
     mixer = make_mixer("nats_l", chunk=8)
     info = SequenceInfo.from_lengths([[80]])
     mixer(draw(1, 80, 24), info).sum().backward()
-    kept, written = mixer.router.counts.unflatten(0, (2, 2)).unbind(1)
+    kept, written = mixer.router.counts[:4].unflatten(0, (2, 2)).unbind(1)
     assert (kept + written).tolist() == [80, 80]
     assert kept[0] != kept[1]
 
@@ -154,6 +200,8 @@ def test_what_cannot_be_is_named():
         ({"router": "fixed"}, "router"),
         ({"own_chunk": "none"}, "own_chunk"),
         ({"rope_base": -1.0}, "rope_base is -1"),
+        ({"latent_rank": 0}, "latent_rank is 0"),
+        ({"latent_rank": 8, "rope_base": 1e4}, "rope_base is 10000.0 with latent_rank 8; latents"),
     ]:
         with pytest.raises(ConfigError, match=message):
             make_mixer("nats_l", **keywords)
