@@ -1,62 +1,25 @@
 """Rotary position embedding, arXiv 2104.09864."""
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.precision import full_precision, widen
+from models.rope_scaling import Scaling, make_scaling
 from models.sequence import SequenceInfo
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scaling:
-    """The rule of Llama 3.1 (arXiv 2407.21783) for a context longer than that of pre-training.
-
-    A frequency that turns fewer than low_freq_factor times in original_max_position_embeddings
-    tokens is divided by `factor`, one that turns more than high_freq_factor times is kept; between
-    them the share that is kept grows evenly with the turns. Raises ValueError where that makes no
-    sense.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: float
-
-    def __post_init__(self) -> None:
-        if self.factor <= 0 or self.original_max_position_embeddings < 1:
-            raise ValueError(f"rope_scaling is {self}; its factor and length must be above 0")
-        if not 0 < self.low_freq_factor < self.high_freq_factor:
-            raise ValueError(f"rope_scaling is {self}; allowed: 0 < low_freq_ < high_freq_factor")
-
-    @classmethod
-    def of(cls, keys: Mapping[str, Any]) -> "Scaling":
-        """Raises ValueError unless these are the four keys, all numbers."""
-        names = list(cls.__dataclass_fields__)
-        numbers = all(isinstance(value, int | float) for value in keys.values())
-        if set(keys) != set(names) or not numbers:
-            raise ValueError(f"rope_scaling is {dict(keys)}; its keys are {', '.join(names)}")
-        return cls(**keys)
-
-    def apply(self, frequencies: Tensor) -> Tensor:
-        turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
-        span = self.high_freq_factor - self.low_freq_factor
-        kept = ((turns - self.low_freq_factor) / span).clamp(0, 1)
-        return frequencies * (kept + (1 - kept) / self.factor)
 
 
 class Rope(nn.Module):
     """Rotates [batch, seq, heads, dim] by the positions of the tokens in their documents.
 
     Entry i turns with entry i + dim / 2, at base^(-2i / dim) radians a token, changed by `scaling`
-    if that is given, then divided by `factor` (linear position interpolation, arXiv 2306.15595); or
-    at frequencies[i] for a converted model that has kept some of the pairs of another. Angles are
-    fp32 or wider. Raises ValueError for an odd dim, a base or factor that is not above 0, and for
-    frequencies that are not one a pair or come with a base, factor or scaling.
+    if that is given (YaRN's makes them longer, too), then divided by `factor` (linear position
+    interpolation, arXiv 2306.15595); or at frequencies[i] for a converted model that has kept some
+    of the pairs of another. Angles are fp32 or wider. Raises ValueError for an odd dim, a base or
+    factor that is not above 0, and for frequencies that are not one a pair or come with a base,
+    factor or scaling.
     """
 
     def __init__(
@@ -99,10 +62,15 @@ class Rope(nn.Module):
             wide = widen(x)
             turns = info.positions.unsqueeze(-1) * self.radians(wide)
             angles = turns.unsqueeze(2)  # [B, S, 1, dim / 2]
-            cos, sin = angles.cos(), angles.sin()
+            cos, sin = angles.cos() * self.magnitude, angles.sin() * self.magnitude
             first, second = wide.chunk(2, dim=-1)
             rotated = [first * cos - second * sin, second * cos + first * sin]
             return torch.cat(rotated, dim=-1).to(x.dtype)
+
+    @property
+    def magnitude(self) -> float:
+        """What the length of rotated entries is multiplied by."""
+        return 1.0 if self.scaling is None else self.scaling.magnitude
 
     def radians(self, like: Tensor) -> Tensor:
         """[dim / 2], a token, in the dtype and on the device of `like`."""
@@ -112,7 +80,7 @@ class Rope(nn.Module):
         steps = torch.arange(0, self.dim, 2, dtype=like.dtype, device=like.device)
         radians = self.base ** (-steps / self.dim)
         if self.scaling is not None:
-            radians = self.scaling.apply(radians)
+            radians = self.scaling.apply(radians, self.base)
         return radians / self.factor
 
 
@@ -136,5 +104,5 @@ def make_rope(
         if scaling is not None:
             raise ValueError("rope_scaling is given; it needs a rope_base")
         return None
-    made = None if scaling is None else Scaling.of(scaling)
+    made = None if scaling is None else make_scaling(scaling)
     return Rope(dim, base=base, factor=factor, scaling=made, frequencies=frequencies)

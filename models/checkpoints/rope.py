@@ -3,8 +3,7 @@
 from typing import Any
 
 from models.checkpoints.config import Config, field
-
-SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+from models.rope_scaling import RULES, rule_keys
 
 
 def import_rope(hf: Config) -> Config:
@@ -22,14 +21,24 @@ def import_rope(hf: Config) -> Config:
         raise ValueError(f"config.json: partial_rotary_factor is {share}; it must be 1")
     if kind == "linear":
         keywords["rope_factor"] = float(field(parameters, "factor"))
-    elif kind == "llama3":
-        length = {"original_max_position_embeddings": hf.get("max_position_embeddings")}
-        keywords["rope_scaling"] = {key: field(length | parameters, key) for key in SCALING}
+    elif kind in RULES:
+        keywords["rope_scaling"] = _import_scaling(kind, hf, parameters)
     elif kind != "default":
         raise ValueError(
-            f"config.json: rope_type is {kind!r}; allowed: 'default', 'linear', 'llama3'"
+            f"config.json: rope_type is {kind!r}; allowed: 'default', 'linear', 'llama3', 'yarn'"
         )
     return keywords
+
+
+def _import_scaling(kind: str, hf: Config, parameters: Config) -> Config:
+    for key in ("mscale", "mscale_all_dim"):
+        if parameters.get(key):
+            raise ValueError(f"config.json: {key} is {parameters[key]}; allowed: attention_factor")
+    length = {"original_max_position_embeddings": hf.get("max_position_embeddings")}
+    given = {key: value for key, value in (length | parameters).items() if value is not None}
+    needed, optional = rule_keys(kind)
+    keys = {key: field(given, key) for key in needed}
+    return {"rope_type": kind, **keys, **{key: given[key] for key in optional if key in given}}
 
 
 def export_rope(mixer: Config) -> Config:

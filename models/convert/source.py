@@ -8,7 +8,7 @@ from torch import Tensor
 from models.checkpoints.config import Config, settings_of, target
 from models.convert.forms import Attention
 from models.mixers.gqa import GroupedQueryAttention
-from models.rope import make_rope
+from models.rope import Rope, make_rope
 
 ROPE_KEYS = ("rope_base", "rope_factor", "rope_scaling", "rope_frequencies")
 
@@ -31,11 +31,12 @@ def read_attention(section: Config, tensors: Mapping[str, Tensor]) -> Attention:
     column = weight.new_zeros(len(weight)) if bias is None else bias.double()
     maps = torch.cat([weight, column[:, None]], dim=1).unflatten(0, (-1, dim))
     query, key, value = maps.split([heads, key_heads, key_heads])
+    magnitude = _magnitude(settings, dim)
     out = tensors["out_proj.weight"].double()
     out_bias = tensors.get("out_proj.bias")
     return Attention(
-        query=query,
-        key=key,
+        query=query * magnitude,
+        key=key * magnitude,
         value=value,
         out=out,
         out_bias=out.new_zeros(len(out)) if out_bias is None else out_bias.double(),
@@ -46,20 +47,31 @@ def read_attention(section: Config, tensors: Mapping[str, Tensor]) -> Attention:
 
 def frequencies(keys: Config, dim: int) -> Tensor:
     """[dim / 2], radians a token, of a mixer's keys `rope_*`; 0 where it has no positions."""
-    if dim % 2:
-        raise ValueError(f"head_dim is {dim}; only even ones are converted")
-    base, factor, scaling, given = (keys[key] for key in ROPE_KEYS)
-    rope = make_rope(dim, base=base, factor=factor, scaling=scaling, frequencies=given)
+    rope = _rope(keys, dim)
     zeros = torch.zeros(dim // 2, dtype=torch.float64)
     return zeros if rope is None else rope.radians(zeros)
 
 
 def rope_keys(teacher: Config, turns: Tensor) -> Config:
     """Keys `rope_*` of a mixer whose pairs turn at `turns` [R / 2]: the teacher's, where these give
-    the same, else frequencies."""
+    the same and nothing else, else frequencies."""
     keys = {key: teacher[key] for key in ROPE_KEYS}
-    if keys["rope_frequencies"] is None:
-        own = frequencies(keys, 2 * len(turns)).to(turns.device)
+    dim = 2 * len(turns)
+    if keys["rope_frequencies"] is None and _magnitude(keys, dim) == 1:
+        own = frequencies(keys, dim).to(turns.device)
         if torch.allclose(own, turns, rtol=1e-12, atol=0):
             return keys
     return dict(zip(ROPE_KEYS, (None, 1.0, None, turns.tolist()), strict=True))
+
+
+def _magnitude(keys: Config, dim: int) -> float:
+    """Of what is rotated."""
+    rope = _rope(keys, dim)
+    return 1.0 if rope is None else rope.magnitude
+
+
+def _rope(keys: Config, dim: int) -> Rope | None:
+    if dim % 2:
+        raise ValueError(f"head_dim is {dim}; only even ones are converted")
+    base, factor, scaling, given = (keys[key] for key in ROPE_KEYS)
+    return make_rope(dim, base=base, factor=factor, scaling=scaling, frequencies=given)

@@ -4,6 +4,7 @@ B batch, S local seq, H heads.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ class GroupedQueryAttention(Mixer):
     """[B, S, d_model] -> the same; num_kv_heads key heads serve num_heads query heads.
 
     rope_base null gives no positions, unless rope_frequencies are given; rope_scaling has the keys
-    of `models.rope.Scaling`. qk_norm normalises each head's queries and keys (arXiv 2302.05442);
+    of `models.rope_scaling`. qk_norm normalises each head's queries and keys (arXiv 2302.05442);
     output_gate multiplies a sigmoid gate on the heads' outputs (arXiv 2505.06708). qkv_bias is that
     of Qwen2 (arXiv 2407.10671). With a window a token sees itself and the window - 1 before it.
     """
@@ -34,7 +35,7 @@ class GroupedQueryAttention(Mixer):
         head_dim: int,
         rope_base: float | None = 10_000.0,
         rope_factor: float = 1.0,
-        rope_scaling: Mapping[str, float] | None = None,
+        rope_scaling: Mapping[str, Any] | None = None,
         rope_frequencies: Sequence[float] | None = None,
         qkv_bias: bool = False,
         out_bias: bool = False,

@@ -5,6 +5,7 @@ DeepSeek-V2, arXiv 2405.04434; without positions (rope_base null) as in Kimi Lin
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ class MultiHeadLatentAttention(Mixer):
 
     Each query and key has nope_dim channels of its own and rope_dim that all heads' keys share,
     rotated where rope_base or rope_frequencies are given; rope_scaling has the keys of
-    `models.rope.Scaling`. q_rank compresses queries too; output_gate multiplies a sigmoid gate on
+    `models.rope_scaling`. q_rank compresses queries too; output_gate multiplies a sigmoid gate on
     the heads' outputs, as in Kimi K3. What converted models need: no latent_norm; num_kv_heads keys
     and values that serve num_heads queries (arXiv 2505.17272); a bias on the projections to queries
     (or their latent), to the latent, and out; scores scaled by other than
@@ -47,7 +48,7 @@ class MultiHeadLatentAttention(Mixer):
         scale: float | None = None,
         rope_base: float | None = None,
         rope_factor: float = 1.0,
-        rope_scaling: Mapping[str, float] | None = None,
+        rope_scaling: Mapping[str, Any] | None = None,
         rope_frequencies: Sequence[float] | None = None,
         output_gate: bool = False,
         norm_eps: float = 1e-6,  # of the latent norms; the released models differ here from 1e-5

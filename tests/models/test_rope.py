@@ -1,11 +1,14 @@
 """Rotary embedding against transformers' own, and its law."""
 
+import math
+
 import pytest
 import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from models.rope import Rope, Scaling
+from models.rope import Rope
+from models.rope_scaling import make_scaling
 from models.sequence import SequenceInfo
 from tests.helpers import INFOS, random_tensors
 
@@ -15,6 +18,13 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 6.0,
     "original_max_position_embeddings": 150,
+}
+# Of four frequencies the first is kept and the last divided; whole pairs bound what lies between.
+YARN = {
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "original_max_position_embeddings": 150,
+    "beta_fast": 8.0,
 }
 
 
@@ -31,7 +41,15 @@ def by_transformers(x, info, **parameters):
     [
         ({}, {"rope_type": "default"}),
         ({"factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
-        ({"scaling": Scaling.of(LLAMA3)}, {"rope_type": "llama3", **LLAMA3}),
+        *(
+            ({"scaling": make_scaling(keys)}, {"rope_type": "llama3", **keys})
+            for keys in (
+                LLAMA3,
+                YARN,
+                YARN | {"truncate": False, "beta_slow": 2.0},
+                YARN | {"attention_factor": 0.7, "factor": 0.5},
+            )
+        ),
     ],
 )
 def test_equals_transformers(keywords, parameters):
@@ -42,9 +60,18 @@ def test_equals_transformers(keywords, parameters):
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_yarn_keeps_blends_and_divides_and_lengthens():
+    plain = 500.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+    rule = make_scaling(YARN)
+    ratios = rule.apply(plain, 500.0) / plain
+    assert ratios[0] == 1 and ratios[3] == 1 / 8
+    assert 1 > ratios[1] > ratios[2] > 1 / 8
+    assert rule.magnitude == pytest.approx(0.1 * math.log(8) + 1)
+
+
 def test_the_rule_of_llama_3_keeps_blends_and_divides():
     plain = 500.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
-    ratios = Scaling.of(LLAMA3).apply(plain) / plain
+    ratios = make_scaling(LLAMA3).apply(plain, 500.0) / plain
     assert ratios[0] == 1 and ratios[3] == 1 / 8
     assert 1 > ratios[1] > ratios[2] > 1 / 8
 
@@ -85,7 +112,7 @@ def test_angles_are_wide_under_bf16():
 def test_a_setting_holds_until_the_next_and_none_is_what_it_was_made_with():
     info = INFOS["scattered"]
     (x,) = random_tensors((*info.shape, 3, 8))
-    start = {"base": 500.0, "factor": 2.0, "scaling": Scaling.of(LLAMA3)}
+    start = {"base": 500.0, "factor": 2.0, "scaling": make_scaling(LLAMA3)}
     rope = Rope(8, **start)
     for setting in ({"base": 7.0}, {"factor": 5.0}, {"base": 7.0, "factor": 5.0}, {}):
         rope.set(**setting)
@@ -114,10 +141,15 @@ def test_what_makes_no_sense_is_refused(keywords, message):
     [
         ({"low_freq_factor": 6.0}, "low_freq_ < high_freq_factor"),
         ({"factor": 0}, "factor and length must be above 0"),
-        ({"beta": 1}, "its keys are factor, low_freq_factor"),
-        ({"factor": "8x"}, "its keys are factor, low_freq_factor"),
+        ({"beta": 1}, "its keys are rope_type, factor, low_freq_factor"),
+        ({"factor": "8x"}, "its keys are rope_type, factor, low_freq_factor"),
+        ({"rope_type": "ntk"}, "'ntk'; allowed: llama3, yarn"),
+        (YARN | {"beta_slow": 8.0}, "beta_slow < beta_fast"),
+        (YARN | {"attention_factor": 0}, "attention_factor must be above 0"),
+        ({"rope_type": "yarn"}, "its keys are rope_type, factor, original_max"),
     ],
 )
 def test_a_scaling_that_makes_no_sense_is_refused(changes, message):
-    with pytest.raises(ValueError, match=f"rope_scaling is .*{message}"):
-        Scaling.of(LLAMA3 | changes)
+    keys = changes if changes.get("beta_fast") else LLAMA3 | changes
+    with pytest.raises(ValueError, match=f"rope_scaling.* is .*{message}"):
+        make_scaling(keys)

@@ -39,6 +39,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
     "rope_theta": 500.0,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
 PEERS = {
     "llama": LlamaConfig(**SIZES, eos_token_id=[2, 3], max_position_embeddings=99),
@@ -51,6 +52,9 @@ PEERS = {
     "qwen2": Qwen2Config(**SIZES, sliding_window=16),
     "qwen2 tied": Qwen2Config(**SIZES, tie_word_embeddings=True, rms_norm_eps=1e-5),
     "qwen3": Qwen3Config(**SIZES, head_dim=12),
+    "qwen3, yarn": Qwen3Config(
+        **SIZES, head_dim=16, rope_parameters=YARN | {"beta_fast": 9.0, "rope_theta": 500.0}
+    ),
     "qwen3 biased": Qwen3Config(**SIZES | {"num_key_value_heads": 6}, attention_bias=True),
 }
 LENGTH = 90
@@ -137,7 +141,11 @@ def fields(name: str, **changes) -> dict:
         ({"rope_scaling": {"type": "linear", "factor": 4}}, {"rope_factor": 4.0}),
         (
             {"rope_scaling": LLAMA3},
-            {"rope_scaling": {k: v for k, v in LLAMA3.items() if not k.startswith("rope_")}},
+            {"rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}},
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}, "max_position_embeddings": 64},
+            {"rope_scaling": YARN},
         ),
         ({"rope_parameters": LINEAR | {"rope_theta": 7}}, {"rope_factor": 4.0, "rope_base": 7.0}),
     ],
@@ -157,7 +165,8 @@ def test_old_and_new_rotary_fields_are_read(changes, rope):
         ("llama", {"hidden_size": ...}, "hidden_size is missing"),
         ("llama", {"rope_theta": ...}, "rope_theta is missing"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-        ("llama", {"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_type is 'yarn'; allowed"),
+        ("llama", {"rope_scaling": {"type": "longrope"}}, "rope_type is 'longrope'; allowed"),
+        ("llama", {"rope_scaling": YARN | {"mscale": 1.0}}, "mscale is 1.0; allowed: attention_f"),
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window is True; it must be False"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is "),

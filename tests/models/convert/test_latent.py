@@ -30,6 +30,7 @@ TEACHERS = [
     {"qkv_bias": True, "num_heads": 6},
     {"num_kv_heads": 4, "output_gate": True},
     {"head_dim": 16, "rope_base": None},
+    {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}},
 ]
 SCALING = {
     "factor": 8.0,
