@@ -10,6 +10,9 @@ from models.precision import full_precision, widen
 from models.rope_scaling import Scaling, make_scaling
 from models.sequence import SequenceInfo
 
+# What a mixer calls the keywords of `make_rope`, in their order.
+ROPE_KEYS = ("rope_base", "rope_factor", "rope_scaling", "rope_frequencies")
+
 
 class Rope(nn.Module):
     """Rotates [batch, seq, heads, dim] by the positions of the tokens in their documents.

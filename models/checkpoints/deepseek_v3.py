@@ -18,12 +18,12 @@ from models.checkpoints.mla import MLA_FIELDS, mla_table
 from models.checkpoints.rope import export_rope, import_rope
 from models.checkpoints.table import KeyTable, same, swiglu
 from models.mixers.mla import MultiHeadLatentAttention
+from models.rope import ROPE_KEYS
 
 # The one value that HybridLM computes; written, and demanded where it stands.
 FIXED: Config = {"hidden_act": "silu", "attention_dropout": 0.0, "rope_interleave": True}
 MODEL_FIXED: Config = {"residual_block": None}
 MLA_FIXED: Config = {"norm_eps": 1e-6}
-ROPE = ("rope_base", "rope_factor", "rope_scaling", "rope_frequencies")
 
 canonical_name = LLAMA.canonical_name
 
@@ -128,7 +128,7 @@ def _mixer(config: Config) -> Config:
     ):
         raise ValueError("model.moe or model.ffn: deepseek_v3 is read and written dense only")
     names, mla = shared_keywords(
-        config, MultiHeadLatentAttention, held=[*MLA_FIELDS, *ROPE, "bias"], fixed=MLA_FIXED
+        config, MultiHeadLatentAttention, held=[*MLA_FIELDS, *ROPE_KEYS, "bias"], fixed=MLA_FIXED
     )
     for name in set(layer_mixers(model)) - names:
         raise ValueError(

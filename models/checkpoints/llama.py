@@ -22,13 +22,13 @@ from models.checkpoints.config import (
 from models.checkpoints.rope import export_rope, import_rope
 from models.checkpoints.table import KeyTable, same, stack, swiglu
 from models.mixers.gqa import GroupedQueryAttention
+from models.rope import ROPE_KEYS
 
 GQA_FIELDS = {
     "num_heads": "num_attention_heads",
     "num_kv_heads": "num_key_value_heads",
     "head_dim": "head_dim",
 }
-ROPE = ("rope_base", "rope_factor", "rope_scaling", "rope_frequencies")
 BIASES = ("qkv_bias", "out_bias")
 # The one value that HybridLM computes; written, and demanded where it stands.
 FIXED: Config = {"hidden_act": "silu", "attention_dropout": 0.0}
@@ -166,7 +166,7 @@ class Decoder:
         names, gqa = shared_keywords(
             config,
             GroupedQueryAttention,
-            held=[*GQA_FIELDS, *ROPE, *BIASES],
+            held=[*GQA_FIELDS, *ROPE_KEYS, *BIASES],
             fixed={"qk_norm": self.qk_norm, "norm_eps": model["norm_eps"]},
         )
         for name in set(layer_mixers(model)) - names:

@@ -8,9 +8,7 @@ from torch import Tensor
 from models.checkpoints.config import Config, settings_of, target
 from models.convert.forms import Attention
 from models.mixers.gqa import GroupedQueryAttention
-from models.rope import Rope, make_rope
-
-ROPE_KEYS = ("rope_base", "rope_factor", "rope_scaling", "rope_frequencies")
+from models.rope import ROPE_KEYS, Rope, make_rope
 
 
 def is_attention(section: Config) -> bool:
