@@ -27,7 +27,7 @@ TEACHER = [
     "mixer.gqa.num_heads=4",
     "mixer.gqa.num_kv_heads=2",
     "mixer.gqa.head_dim=48",
-    "trainer.steps=600",
+    "trainer.steps=2000",
 ]
 ROWS = ["data.seq_len=512", "data.batch_size=4", "trainer.micro_batch_size=4"]
 EVERY = [*ROWS, "schedule.warmup=0.1", "optim.lr=1e-3", "checkpoint.every=0"]
