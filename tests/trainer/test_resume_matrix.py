@@ -22,6 +22,19 @@ TOPOLOGIES = {  # name -> ranks, overrides; a step is one micro-batch, or two
     "zero3 2": (2, [*ZERO3, "trainer.micro_batch_size=2"]),
     "cp 2": (2, ["parallel=ring", "parallel.layout=zigzag", "trainer.micro_batch_size=2"]),
 }
+NATS_L = [  # learned routing at half the layers, its share held by a bias that moves
+    "model=nats_l",
+    "model.pattern=[nats_l,gdn]",
+    "mixer.nats_l.softmax_target=0.4",
+    "parallel=gather",
+    "parallel.layout=zigzag",
+    "trainer.micro_batch_size=2",
+]
+ROUTED = {  # the same, from themselves only
+    "nats_l fsdp2 2": (2, [*NATS_L, "engine=fsdp2"]),
+    "nats_l zero3 2": (2, [*NATS_L, *ZERO3]),
+}
+ALL = TOPOLOGIES | ROUTED
 NAMES = [*TOPOLOGIES]
 # Each goes on from itself and from another; the rest are for `make test-matrix`.
 PAIRS = [*zip(NAMES, NAMES, strict=True), *zip(NAMES, [*NAMES[1:], NAMES[0]], strict=True)]
@@ -53,21 +66,21 @@ def documents() -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Runs:
-    """Every topology, uninterrupted."""
+    """All of them, uninterrupted."""
     path = tmp_path_factory.mktemp("matrix")
     (path / "own").mkdir()
     for i, text in enumerate(documents()):
         (path / "own" / str(i)).write_bytes(text)
     runs = Runs(path, [*RUN, f"data.path={path / 'own'}"])
     for ranks in RANKS:
-        saving = {name: words for name, (own, words) in TOPOLOGIES.items() if own == ranks}
+        saving = {name: words for name, (own, words) in ALL.items() if own == ranks}
         do(runs, ranks, saving)
     return runs
 
 
 @pytest.fixture(scope="module")
 def resumed(whole) -> Runs:
-    return resume(whole, PAIRS)
+    return resume(whole, [*PAIRS, *zip(ROUTED, ROUTED, strict=True)])
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +92,9 @@ def resume(runs: Runs, pairs: list[tuple[str, str]]) -> Runs:
     """Each pair from the saved step on."""
     for ranks in RANKS:
         jobs = {
-            f"{name} from {saved}": ["unsaved", *TOPOLOGIES[name][1], runs.resume(saved, SAVED)]
+            f"{name} from {saved}": ["unsaved", *ALL[name][1], runs.resume(saved, SAVED)]
             for saved, name in pairs
-            if TOPOLOGIES[name][0] == ranks
+            if ALL[name][0] == ranks
         }
         do(runs, ranks, jobs)
     return runs
@@ -97,7 +110,7 @@ def do(runs: Runs, ranks: int, jobs: dict[str, list[str]]) -> None:
 
 def read(runs: Runs, topology: str, name: str) -> torch.Tensor:
     """[steps, tokens], how often each token was trained on in each step, on all ranks."""
-    ranks, _ = TOPOLOGIES[topology]
+    ranks, _ = ALL[topology]
     return sum(torch.stack(runs.seen(name, rank)["read"]) for rank in range(ranks))
 
 
@@ -117,6 +130,18 @@ def test_an_epoch_reads_each_document_once(whole):
 def test_the_next_steps_are_those_of_the_uninterrupted_run(resumed, before, after):
     """To the bit where nothing changes; the documents, those that come next, everywhere."""
     goes_on(resumed, before, after)
+
+
+@pytest.mark.parametrize("topology", ROUTED)
+def test_routed_layers_on_ranks_that_share_rows_go_on_to_the_bit(resumed, topology):
+    """What each head keeps, too."""
+    goes_on(resumed, topology, topology)
+    steps = resumed.records(topology)[SAVED:]
+    for again, step in zip(resumed.records(f"{topology} from {topology}"), steps, strict=True):
+        shares = {key: x for key, x in step.items() if key.startswith("softmax_share")}
+        assert len(shares) == 3 and shares.items() <= again.items()
+        assert step["comm_bytes"] == again["comm_bytes"] > 0
+    assert len({step["softmax_share"] for step in steps}) > 1
 
 
 @pytest.mark.matrix
