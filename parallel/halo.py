@@ -96,8 +96,8 @@ def _continuing(row: Row) -> list[Run]:
 
 
 class HaloExchange(CausalConv):
-    """`op` on the whole local row, while what precedes its runs is on the way; then again on
-    their first width - 1 tokens, whose outputs it replaces.
+    """`op` on the whole local row, while what precedes its runs is on the way; then what this
+    makes of their first width - 1 tokens is added, as convolutions are linear.
 
     Raises ValueError for a history.
     """
@@ -125,16 +125,13 @@ class HaloExchange(CausalConv):
         x = _Depart.apply(exchange, x)
         output = self.op(x, weight, info)
 
-        def slots(places: Tensor, rows: Tensor) -> Tensor:
-            empty = x.new_zeros(len(halo.heads) * reach, x.shape[2])
-            return empty.index_copy(0, places, rows).unflatten(0, (-1, reach))
-
-        before = slots(at.slots, _Arrive.apply(exchange, x))
-        heads = slots(at.places, x[0].index_select(0, at.tokens))
-        again = self.op(heads, weight, _heads_info(halo.heads, x.device), history=before)
-        again = again.flatten(0, 1).index_select(0, at.places)
+        empty = x.new_zeros(len(halo.heads) * reach, x.shape[2])
+        before = empty.index_copy(0, at.slots, _Arrive.apply(exchange, x))
+        empty, before = (y.unflatten(0, (-1, reach)) for y in (empty, before))
+        late = self.op(empty, weight, _heads_info(halo.heads, x.device), history=before)
+        late = late.flatten(0, 1).index_select(0, at.places)
         # Not in place: kernels may return a view, or keep their output for the backward.
-        return output.index_copy(1, at.tokens, again.unsqueeze(0))
+        return output.index_add(1, at.tokens, late.unsqueeze(0))
 
 
 class _Indices(NamedTuple):

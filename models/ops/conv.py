@@ -1,11 +1,13 @@
 """Short depthwise causal convolution inside packed documents.
 
-y_t = sum_j w_j x_{t-j}, over the lags j at which token t-j is of the same document.
+y_t = sum_j w_j x_{t-j}, over the lags j at which token t-j is of the same document. Tokens behind
+ones that a row lacks see nothing before these.
 """
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.ops.runs import grouped_rows, runs
@@ -23,10 +25,11 @@ class ShiftedConv(CausalConv):
         tokens = widen(behind(history, x, reach))
         before = info.index[:, :1] + torch.arange(-reach, 0, device=x.device)
         index = torch.cat([before, info.index], dim=1)
+        stretch = F.pad(index.diff() != 1, (1, 0)).cumsum(1)  # a gap hides what is before it
         output = torch.zeros_like(tokens[:, reach:])
         for lag in range(reach + 1):
             shifted = slice(reach - lag, reach - lag + seq)
-            seen = (index[:, shifted] == info.index - lag) & (info.positions >= lag)
+            seen = (stretch[:, shifted] == stretch[:, reach:]) & (info.positions >= lag)
             tap = tokens[:, shifted].masked_fill(~seen.unsqueeze(-1), 0)
             output = output + tap * widen(weight[:, reach - lag])
         return output.to(x.dtype)
@@ -117,7 +120,8 @@ class _PieceConv(torch.autograd.Function):
     def backward(ctx, grad_output):
         tokens, weight = ctx.saved_tensors
         taps = widen(weight).flip(1).T.contiguous()
-        grad_tokens, grad_taps = torch.zeros_like(tokens), torch.zeros_like(taps)
+        grad_tokens, grad_taps = torch.empty_like(tokens), torch.zeros_like(taps)
+        grad_tokens[:, : ctx.known] = 0
         for rows, row in grouped_rows(ctx.plans):
             for first, start, stop in row:
                 grad = widen(grad_output[rows, start - ctx.known : stop - ctx.known])
@@ -128,5 +132,7 @@ class _PieceConv(torch.autograd.Function):
                     seen = slice(start - first + skip - lag, stop - first - lag)
                     total[:, seen].addcmul_(grad[:, skip:], taps[lag])
                     grad_taps[lag] += (grad[:, skip:] * source[:, seen]).sum((0, 1))
-                grad_tokens[rows, first:stop] += total  # tiles overlap by their reach
+                # What came before is history, or of the tile to the left.
+                grad_tokens[rows, first:start] += total[:, : start - first]
+                grad_tokens[rows, start:stop] = total[:, start - first :]
         return grad_tokens, grad_taps.T.flip(1).to(weight.dtype), None, None

@@ -57,7 +57,8 @@ def keys_and_values(
     """What the latents stand for: k [batch, key_seq, heads, nope + rope] and v [..., v_dim]."""
     up = F.linear(latent, up_weight.flatten(0, 1)).unflatten(-1, up_weight.shape[:2])
     shared = shared_key.unsqueeze(2).expand(-1, -1, up.shape[2], -1)
-    return torch.cat([up[..., :nope], shared], dim=-1), up[..., nope:]
+    k, v = up.split([nope, up.shape[3] - nope], dim=-1)
+    return torch.cat([k, shared], dim=-1), v
 
 
 def absorbs(seq: int, key_seq: int, nope: int, v_dim: int, rank: int) -> bool:

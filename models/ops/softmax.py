@@ -243,7 +243,8 @@ class TiledSoftmax(BlockSoftmax):
         """Zero-padded to one head dim: zeros change neither scores nor the rest of the output."""
         widest = max(x.shape[-1] for x in tensors)
         dim = -(-widest // self.head_multiple) * self.head_multiple
-        return tuple(F.pad(x, (0, dim - x.shape[-1])) for x in tensors)
+        missing = [dim - x.shape[-1] for x in tensors]
+        return tuple(F.pad(x, (0, n)) if n else x for x, n in zip(tensors, missing, strict=True))
 
 
 def _turned(tile: Tile, *tensors: Tensor) -> tuple[Tensor, ...]:

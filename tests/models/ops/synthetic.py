@@ -49,14 +49,13 @@ class ScalarDecay(DecayedWrites):
         return log_decay[..., :1]
 
 
-class SquaredConv(CausalConv):
-    """Causal and of finite reach, but not linear; returns a view, which may not be written to."""
+class ViewConv(CausalConv):
+    """The definition, returning a view, which may not be written to."""
 
     def forward(
         self, x: Tensor, weight: Tensor, info: SequenceInfo, *, history: Tensor | None = None
     ) -> Tensor:
-        squared = None if history is None else history.square()
-        return _View.apply(ShiftedConv()(x.square(), weight, info, history=squared))
+        return _View.apply(ShiftedConv()(x, weight, info, history=history))
 
 
 class _View(torch.autograd.Function):
