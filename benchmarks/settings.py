@@ -26,6 +26,8 @@ class Settings:
     peers: bool
     peer_max_tokens: int
     baselines: Sequence[str]
+    mixers: Sequence[str]  # empty: all
+    shares: Sequence[float]  # of the chunks; empty: nats_l as it is
     parts: Sequence[Part]
     masks: Sequence[Mask]
     schemes: Sequence[Scheme]
@@ -47,6 +49,8 @@ class Settings:
             raise ValueError(
                 f"lengths={list(self.lengths)}: allowed: ascending numbers of tokens, from 2 on"
             )
+        if any(not 0 <= share <= 1 for share in self.shares):
+            raise ValueError(f"shares={list(self.shares)}: allowed: numbers from 0 to 1")
         if not self.dtypes:
             raise ValueError("dtypes=[]: allowed: fp32, bf16 or both")
         for name in ("repeats", "ranks", "threads", "timeout"):

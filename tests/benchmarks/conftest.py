@@ -16,6 +16,7 @@ TINY = (
     "mixer.kda={num_heads: 2, head_dim: 16}",
     "mixer.mla={num_heads: 2, kv_rank: 24, nope_dim: 16, rope_dim: 8, v_dim: 16}",
     "mixer.gqa.head_dim=16",
+    "mixer.nats_l={head_dim: 8, chunk: 16}",
 )
 JOB = Job(
     kind="train",
@@ -41,6 +42,8 @@ def settings(**changed) -> Settings:
         "peers": True,
         "peer_max_tokens": 16,
         "baselines": [],
+        "mixers": [],
+        "shares": [],
         "parts": ["softmax"],
         "masks": ["causal"],
         "schemes": ["ring"],

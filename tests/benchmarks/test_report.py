@@ -24,7 +24,14 @@ def test_file(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     "changed",
-    [{"lengths": []}, {"lengths": [4, 4]}, {"lengths": [1, 4]}, {"dtypes": []}, {"repeats": 0}],
+    [
+        {"lengths": []},
+        {"lengths": [4, 4]},
+        {"lengths": [1, 4]},
+        {"dtypes": []},
+        {"repeats": 0},
+        {"shares": [2]},
+    ],
 )
 def test_options_out_of_range(changed) -> None:
     (name,) = changed
