@@ -54,6 +54,7 @@ from tests.parallel.ranks import on_ranks
 
 SOFTMAX = SoftmaxShape(heads=8, kv_heads=4, dim=3, v_dim=2)
 ROUTED = replace(SOFTMAX, kept=KEPT)
+LATENTS = replace(ROUTED, v_dim=SOFTMAX.dim, shared=True)
 LATENT = LatentShape(heads=4, dim=5, rope=2, v_dim=3, rank=6)
 RECURRENCE = RecurrenceShape(heads=4, key_dim=3, value_dim=2, decays=3, transition=9)
 SUM = RecurrenceShape(heads=4, key_dim=3, value_dim=2, decays=1, transition=1)
@@ -65,8 +66,8 @@ SCHEMES: dict[str, dict[str, Callable]] = {
 }
 
 
-def inputs(shape: Shape, tokens: int, dtype: torch.dtype) -> list[Tensor]:
-    """Of the operation of this shape, before the `SequenceInfo`."""
+def inputs(shape: Shape, tokens: int, dtype: torch.dtype) -> list[Tensor | None]:
+    """Of the operation of this shape, before the `SequenceInfo`; None for values that are keys."""
     match shape:
         case SoftmaxShape():
             q, kv = (tokens, shape.heads, shape.dim), (tokens, shape.kv_heads)
@@ -83,8 +84,11 @@ def inputs(shape: Shape, tokens: int, dtype: torch.dtype) -> list[Tensor]:
         case ConvShape():
             dims = [(tokens, shape.channels), (shape.channels, shape.width)]
     weight = {LatentShape: 3, ConvShape: 1}.get(type(shape))
+    none = 2 if isinstance(shape, SoftmaxShape) and shape.shared else None
     return [
         torch.rand(*(d if i == weight else (1, *d)), dtype=dtype).neg_().requires_grad_()
+        if i != none
+        else None
         for i, d in enumerate(dims)
     ]
 
@@ -236,6 +240,7 @@ def test_shapes_are_those_of_the_operations() -> None:
     ops = {
         SOFTMAX: EinsumSoftmax(),
         ROUTED: TiledRoutedAttention(chunk=2),
+        LATENTS: TiledRoutedAttention(chunk=2),
         LATENT: MaterialisedLatent(EinsumSoftmax()),
         RECURRENCE: TokenLoopDeltaRule(),
         SUM: TokenLoopDecayedSum(),
