@@ -125,6 +125,20 @@ def test_a_target_is_held_while_a_layer_learns():
     assert sum(shares[-30:]) / 30 == pytest.approx(0.25, abs=0.03)
 
 
+def test_ranks_together_move_the_bias_as_one_does():
+    """To the bit: what they add up are integers."""
+    router, parts = make_router(target=0.3), []
+    whole = chunk_grid(SequenceInfo.from_lengths([[40, 23]]), CHUNK)
+    mean = means(whole)
+    for lengths, chunks in (([40], slice(0, 10)), ([23], slice(10, 16)), ([40, 23], slice(0, 16))):
+        router.counts.zero_()
+        grid = chunk_grid(SequenceInfo.from_lengths([lengths]), CHUNK)
+        keep, write = router(mean[:, chunks], grid)
+        (keep.sum() + write.sum()).backward()
+        parts.append(router.counts.clone())
+    assert torch.equal(parts[0] + parts[1], parts[2])
+
+
 def test_without_a_target_or_tokens_the_bias_stays():
     for router, count in ((make_router(), 1), (make_router(target=0.3), 0)):
         router.update_bias(torch.full_like(router.counts, count), 0.1)
