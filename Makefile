@@ -22,9 +22,11 @@ train: install
 	$(BIN)/python scripts/generate.py checkpoint=runs/first prompt='def ' tokens=120
 	@echo; echo "checkpoint: runs/first/checkpoints/$$(cat runs/first/checkpoints/latest)"
 
-# Each file on one of two workers, whose fixtures of a module are then made once.
+# Each file on one of two workers, whose fixtures of a module are then made once; the order is that
+# of tests/conftest.py.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadfile \
+		--no-loadscope-reorder
 
 # Every engine on every topology, of which `make test` has a part; prints how far apart they were.
 test-matrix: install

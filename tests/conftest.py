@@ -7,6 +7,26 @@ import pytest
 
 import tests.launch  # noqa: F401  what every new process has imported
 
+LONGEST = (  # tests/..., in the order in which workers begin them, before all others
+    "trainer/test_resume_matrix.py",
+    "trainer/test_deepspeed.py",
+    "trainer/test_context_parallel.py",
+    "trainer/test_objectives.py",
+    "trainer/test_engines.py",
+    "trainer/test_accelerate.py",
+    "kills/test_kills.py",
+    "trainer/test_faults.py",
+    "trainer/test_reading.py",
+    "trainer/evals/test_on_ranks.py",
+    "benchmarks/test_attention.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A long file that came last would leave the other worker with nothing to do."""
+    place = {f"tests/{file}": i for i, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
+
 
 @pytest.fixture(autouse=True)
 def log_handlers() -> Iterator[None]:

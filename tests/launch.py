@@ -10,7 +10,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,11 +83,9 @@ def _forked(
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, str(rank)) for rank in range(len(environments))]
         processes = [
-            FORKSERVER.Process(target=_run, args=(environment, file, module, arguments))
+            start(environment, file, module, *arguments)
             for environment, file in zip(environments, files, strict=True)
         ]
-        for process in processes:
-            process.start()
         deadline = time.monotonic() + seconds
         for process in processes:
             process.join(max(deadline - time.monotonic(), 0))
@@ -100,12 +101,28 @@ def _forked(
 
 
 def fork(ranks: int, module: str, *arguments: str, seconds: float = 120) -> str:
-    """The same where no rank is to fail; -> what all printed. Raises AssertionError with that."""
-    done = forked(ranks, module, *arguments, seconds=seconds)
+    """The same where no rank is to fail; -> what all printed. Raises AssertionError with that.
+
+    As under torchrun, ranks meet in a store that is there before them: one that finds none yet
+    sleeps half a second, in every job.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    kept = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    kept["TORCHELASTIC_RESTART_COUNT"] = "0"
+    environments = [place | kept for place in places(ranks)]
+    done = _forked(environments, module, arguments, seconds)
     said = "".join(rank.stderr + rank.stdout for rank in done)
     codes = [rank.returncode for rank in done]
     assert not any(codes), f"the ranks ended with {codes}:\n{said}"
     return said
+
+
+def start(environment: dict[str, str], file: Path, module: str, *arguments: str) -> BaseProcess:
+    """`main(*arguments)` of a module in a process of its own, with this environment beside that of
+    the tests. What it prints goes to the file with the suffixes .1 and .2, for standard error."""
+    process = FORKSERVER.Process(target=_run, args=(environment, file, module, arguments))
+    process.start()
+    return process
 
 
 def _text(file: Path) -> str:

@@ -7,6 +7,7 @@ from typing import TypeVar
 import hydra
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -37,10 +38,16 @@ def compose(overrides: list[str], command: str = "train") -> dict:
     choices = [word for word in overrides if (CONF / word.partition("=")[0]).is_dir()]
     values = [word for word in overrides if word not in choices]
     config = copy.deepcopy(composed(command, *choices))
-    for override in OverridesParser.create().parse_overrides(values):
+    for override in map(parsed, values):
         key = override.key_or_group
         OmegaConf.update(config, key, override.value(), force_add=override.is_add())
     return plain(config)
+
+
+@functools.cache
+def parsed(override: str) -> Override:
+    """Most of them come in many command lines, and Hydra takes longest to read them."""
+    return OverridesParser.create().parse_override(override)
 
 
 @functools.cache

@@ -43,10 +43,10 @@ SHAPES = {  # of four ranks: a step is one micro-batch, or two accumulated
     "cp4": ["parallel=gather", "parallel.cp=4", "trainer.micro_batch_size=8"],
     "cp4 accumulated": ["parallel=usp", CUT, "parallel.cp=4", "trainer.micro_batch_size=4"],
 }
-RUNS = [  # every stage with every degree, and both with and without accumulation
-    *((1, "cp1 accumulated"), (1, "cp2"), (1, "cp4 accumulated")),
-    *((2, "cp1"), (2, "cp2 accumulated"), (2, "cp4")),
-    *((3, "cp1 accumulated"), (3, "cp2"), (3, "cp4 accumulated")),
+RUNS = [  # every stage with accumulation and without; test_engine_matrix.py has every shape
+    *((1, "cp1 accumulated"), (1, "cp4")),
+    *((2, "cp1"), (2, "cp2 accumulated")),
+    *((3, "cp2"), (3, "cp4 accumulated")),
 ]
 STAGES = {
     1: ["engine=zero1"],
