@@ -18,7 +18,7 @@ from benchmarks.job import ROOT
 from benchmarks.machine import facts
 from benchmarks.report import Column, Row, table, write
 
-TEACHER = [
+LLAMA = [
     "model=transformer",
     "model.moe=null",
     "model.ffn.hidden=512",
@@ -27,10 +27,10 @@ TEACHER = [
     "mixer.gqa.num_heads=4",
     "mixer.gqa.num_kv_heads=2",
     "mixer.gqa.head_dim=48",
-    "trainer.steps=2000",
 ]
+TAUGHT = ["trainer.steps=1200", "schedule.warmup=0.08334"]
 ROWS = ["data.seq_len=512", "data.batch_size=4", "trainer.micro_batch_size=4"]
-EVERY = [*ROWS, "schedule.warmup=0.1", "optim.lr=1e-3", "checkpoint.every=0"]
+EVERY = [*ROWS, "schedule.warmup=0.1", "checkpoint.every=0"]
 # Latent and rotary key, 48 of the Llama's 192 values a token and layer.
 STARTS = {
     "zebra": ["recipe.rope=zebra", "recipe.low_rank=svd", "recipe.rope_dim=16"],
@@ -39,7 +39,8 @@ STARTS = {
 }
 LATENT = ["recipe.kv_rank=32", "recipe.q_rank=null"]
 MLA_LAYERS = 3
-ILD_STEPS, KD_STEPS = 60, 120
+STUDENT_RATE, SCRATCH_RATES = "1e-3", ("1e-3", "3e-3")
+ILD_STEPS, KD_STEPS = 40, 80
 HELD_OUT = [
     "data=stdlib",
     "split=eval",
@@ -70,7 +71,7 @@ class Bench:
     def distil(self, name: str, source: Path, objective: str, steps: int) -> Path:
         keys = [f"objective={objective}", f"objective.teacher={self.teacher}"]
         start = ["model=init_from", f"init_from={source}", f"trainer.steps={steps}"]
-        return self.train(name, *start, *keys, *EVERY)
+        return self.train(name, *start, *keys, *EVERY, f"optim.lr={STUDENT_RATE}")
 
     def select(self, name: str, base: Path, other: Path) -> Path:
         target = self.runs / f"{name}.json"
@@ -114,9 +115,12 @@ def hybrid(bench: Bench) -> list[Row]:
     joined = bench.convert("hybrid_start", mamba2, "recipe=assemble", *parts)
     taught = bench.distil("hybrid_kd", joined, "kd", KD_STEPS)
     steps = f"trainer.steps={2 * ILD_STEPS + KD_STEPS}"
-    plain = bench.train("hybrid_scratch", *TEACHER[:-1], *_layers(joined), steps, *EVERY)
-    row = {"model": "hybrid", **_losses(bench, {"start": joined, "kd": taught})}
-    return [row, {"model": "hybrid from scratch", **_losses(bench, {"kd": plain})}]
+    rows: list[Row] = [{"model": "hybrid", **_losses(bench, {"start": joined, "kd": taught})}]
+    for rate in SCRATCH_RATES:
+        shape, keys = [*LLAMA, *_layers(joined)], [steps, *EVERY, f"optim.lr={rate}"]
+        plain = bench.train(f"hybrid_scratch_{rate}", *shape, *keys)
+        rows.append({"model": f"hybrid from scratch, lr {rate}", "kd": bench.loss(plain)})
+    return rows
 
 
 def _layers(folder: Path) -> list[str]:
@@ -139,7 +143,7 @@ def _losses(bench: Bench, folders: Mapping[str, Path]) -> Row:
 def main(arguments: Sequence[str]) -> None:
     options = dict(word.split("=", 1) for word in arguments)
     bench = Bench(Path(options["runs"]).absolute())
-    bench.train("teacher", *TEACHER, *ROWS, "checkpoint.every=0")
+    bench.train("teacher", *LLAMA, *ROWS, *TAUGHT, "checkpoint.every=0")
     rows = [{"model": "teacher", "kd": bench.loss(bench.teacher)}]
     rows += [*starts(bench), *hybrid(bench)]
     stages = [Column(stage, f"loss, {stage}", ".4f") for stage in ("start", "ild", "kd")]
