@@ -31,7 +31,14 @@ SIZES = {
     "num_mtp_layers": 0,
     "pad_token_id": None,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 PEERS = {
+    "yarn": {"q_lora_rank": None, "rope_parameters": YARN},
     "plain": {"q_lora_rank": None, "tie_word_embeddings": True},
     "biased": {
         "q_lora_rank": 14,
@@ -73,7 +80,14 @@ def test_logits_are_those_of_transformers_and_the_way_back_is_exact(peer, tmp_pa
         ({"rope_interleave": False}, "rope_interleave is False; it must be True"),
         ({"first_k_dense_replace": 1}, "first_k_dense_replace is 1; it must be num_hidden_layers"),
         ({"num_key_value_heads": 1}, "num_key_value_heads is 1; latent attention has"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type is 'yarn'"),
+        (
+            {"rope_parameters": YARN | {"mscale_all_dim": 1.0}},
+            "mscale_all_dim is 1.0; allowed: att",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}},
+            "rope_type is 'dynamic'",
+        ),
     ],
 )
 def test_what_is_not_computed_is_refused(peer, tmp_path, changes, reason):
