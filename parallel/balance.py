@@ -5,8 +5,9 @@ cut, and then the softmax area is even and fragments are few: a document on one 
 at all, and a recurrence sends a state per fragment. Finding the fewest is bin packing; two greedy
 orders and exchanges between documents get close.
 
-A rank takes two mirrored pieces of a long document, the zigzag: whatever its share of the tokens,
-its share of the area is the same then, so shares may follow the room that whole documents left.
+A rank takes two pieces of a long document, as many tokens as whole documents left it room for. Of
+mirrored pieces, the zigzag, its share of the area is that of the tokens; a rank with more work than
+others takes more of them from the start of the document, where a token sees little.
 """
 
 from bisect import bisect_left, insort
@@ -148,42 +149,97 @@ def _exchange(document: Fragment, bins: _Bins) -> Fragment:
 
 def _cut_up(cut: list[Fragment], bins: _Bins, multiple: int) -> list[list[Fragment]] | None:
     """The rows, the room filled with pieces of the documents to cut; None if it is too little."""
-    rows = [list(held) for held in bins.held]
-    room = [tokens // multiple for tokens in bins.room]
-    if sum(_units(document, multiple) for document in cut) > sum(room):
+    if sum(_units(document, multiple) for document in cut) > sum(r // multiple for r in bins.room):
         return None
     squares = sum(bins.squares) + sum(document.length**2 for document in cut)
-    for document in cut:
-        units = _units(document, multiple)
-        if document.length**2 * len(rows) * _SMALL > squares:
-            pieces = _zigzag(units, room)
-        else:
-            pieces = _few(units, room)
-        position = 0
+    rows = _Rows(bins, multiple)
+    small = [d for d in cut if d.length**2 * len(bins.room) * _SMALL <= squares]
+    for document in small:
+        rows.put(document, _few(_units(document, multiple), rows.room))
+    large = cut[: len(cut) - len(small)]
+    ahead = _ahead(rows, sum(_units(document, multiple) ** 2 for document in large))
+    for document in large:
+        rows.put(document, _zigzag(_units(document, multiple), rows.room, ahead))
+    return rows.held
+
+
+class _Rows:
+    """Fragments by rank, and what each rank has left and works, in units of `multiple` tokens."""
+
+    def __init__(self, bins: _Bins, multiple: int) -> None:
+        self.held = [list(held) for held in bins.held]
+        self.room = [tokens // multiple for tokens in bins.room]
+        self.squares = [squares // multiple**2 for squares in bins.squares]  # twice the area
+        self.multiple = multiple
+
+    def put(self, document: Fragment, pieces: list[tuple[int, int]]) -> None:
+        """(rank, units), from the document's start on."""
+        done = 0
         for rank, count in pieces:
-            room[rank] -= count
-            length = min(count * multiple, document.length - position)
-            if length:
+            position = done * self.multiple
+            length = min(count * self.multiple, document.length - position)
+            if length > 0:
                 index = document.index + position
-                rows[rank].append(replace(document, length=length, index=index, position=position))
-            position += length
-    return rows
+                piece = replace(document, length=length, index=index, position=position)
+                self.held[rank].append(piece)
+            self.room[rank] -= count
+            self.squares[rank] += _square(done, count)
+            done += count
+
+
+def _square(position: int, length: int) -> int:
+    """Twice the area."""
+    return length * (2 * position + length)
+
+
+def _ahead(rows: _Rows, squares: int) -> list[float]:
+    """By rank, twice the area above the mean once documents of that in all have filled the room,
+    each rank with its share of every document."""
+    room = max(sum(rows.room), 1)
+    mean = (sum(rows.squares) + squares) / len(rows.room)
+    return [
+        held + squares * free / room - mean
+        for held, free in zip(rows.squares, rows.room, strict=True)
+    ]
 
 
 def _units(document: Fragment, multiple: int) -> int:
     return -(-document.length // multiple)
 
 
-def _zigzag(units: int, room: list[int]) -> list[tuple[int, int]]:
-    """(rank, units), from the document's start on: two mirrored pieces a rank, by its room."""
+def _zigzag(units: int, room: list[int], ahead: list[float]) -> list[tuple[int, int]]:
+    """(rank, units), from the document's start on: by its room, a rank takes a piece from either
+    end of what others have left, the more from the early end the more its work is ahead.
+
+    Takes from `ahead` what it evens.
+    """
+    front, back, first, last = [], [], 0, units
+    shares = _shares(units, room)
+    for rank in sorted(range(len(room)), key=lambda rank: (-abs(ahead[rank]), rank)):
+        share, left = shares[rank], last - first
+        wanted = units * share - ahead[rank]
+        early = share
+        if share < left:
+            # Linear in it: `early` units at the front and the others at the back.
+            early = round((_square(first + left - share, share) - wanted) / (2 * (left - share)))
+            early = min(max(early, 0), share)
+        late = share - early
+        got = _square(first, early) + _square(last - late, late)
+        ahead[rank] += got - units * share
+        front.append((rank, early))
+        back.append((rank, late))
+        first, last = first + early, last - late
+    return front + back[::-1]
+
+
+def _shares(units: int, room: list[int]) -> list[int]:
+    """In proportion to the room."""
     shares = [units * free // sum(room) for free in room]
     # Rounding left fewer units than there are ranks with more room than share.
     by_rest = sorted(range(len(room)), key=lambda rank: (-(units * room[rank] % sum(room)), rank))
     for rank in by_rest[: units - sum(shares)]:
         shares[rank] += 1
-    front = [(rank, share // 2) for rank, share in enumerate(shares)]
-    back = [(rank, share - share // 2) for rank, share in enumerate(shares)]
-    return front + back[::-1]
+    return shares
 
 
 def _few(units: int, room: list[int]) -> list[tuple[int, int]]:

@@ -2,8 +2,7 @@
 
 Planned on the host from the lengths of documents alone, so that every rank finds the same layout
 without a message. The unit of work is that of causal attention inside documents: a token at
-position p costs p + 1, and a run of tokens the sum of that, its area. Where attention is not
-causal, whole documents and mirrored pieces all cost twice as much, so that a plan is as even.
+position p costs p + 1, and a run of tokens the sum of that, its area.
 """
 
 from collections import Counter

@@ -161,6 +161,22 @@ def test_balance_on_a_long_document_and_many_short_ones():
     assert 9000 / sum(lengths) <= reports["balanced"].cut < 9000 / sum(lengths) + 0.02
 
 
+def test_a_cut_document_evens_what_whole_ones_cost():
+    """Who has the short one, which costs little a token, takes more of the long one's end."""
+    layout = plan_layout(packed([6000, 2192]), ranks=2)
+    assert [[(f.index, f.length) for f in row] for row in layout.ranks] == [
+        [(0, 443), (4539, 1461), (6000, 2192)],
+        [(443, 4096)],
+    ]
+    assert layout.report().imbalance < 1.0005
+    generator = random.Random(5)
+    for trial in range(100):
+        ranks = (2, 3, 4, 8)[trial % 4]
+        lengths = generator.choices((300, 800, 1500, 3000, 5000, 6500, 8000), k=4 * ranks)
+        layout = plan_layout(packed([*lengths, 8192 * ranks]), ranks=ranks)
+        assert layout.report().imbalance < 1.01
+
+
 def test_area_counts_pairs():
     fragment = Fragment(5, 40, 3)
     assert area(fragment) == sum(position + 1 for position in range(3, 8))
