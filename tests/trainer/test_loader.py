@@ -3,14 +3,13 @@
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.launch import alone
 from tests.trainer.data.helpers import build, write_documents
 from trainer.batch import Batch
 from trainer.data import TrainStream
@@ -19,7 +18,6 @@ from trainer.errors import ConfigError
 from trainer.loader import AHEAD, Loader
 from trainer.sharder import Sharder
 
-ROOT = Path(__file__).parents[2]
 STAGES = [{"tokens": 2 * 8 * 16}, {"seq_len": 32, "batch_size": 4, "rope": {"base": 7.0}}]
 
 
@@ -45,13 +43,13 @@ def same(first: Batch, second: Batch) -> bool:
 
 
 def test_processes_read_what_a_thread_reads_and_heed_nobody(folder):
-    alone, shared = loader(folder, 0), loader(folder, 2)
+    thread, shared = loader(folder, 0), loader(folder, 2)
     generator = torch.random.get_rng_state()
     planned = []
     order = shared.stream.order
     shared.stream.order = lambda cursor: planned.append(cursor) or order(cursor)
     for step in range(6):
-        expected, got = alone.next(), shared.next()
+        expected, got = thread.next(), shared.next()
         assert all(map(same, got.batches, expected.batches)) and len(got.batches) > 1
         assert got[1:] == expected[1:]
         assert got.state["cursor"] == step + 1 == shared.stream.cursor
@@ -60,11 +58,11 @@ def test_processes_read_what_a_thread_reads_and_heed_nobody(folder):
             os.kill(process.pid, [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2][step % 3])
     assert got.epoch > 0 and got.rope.base == 7.0
     assert torch.equal(torch.random.get_rng_state(), generator)
-    shared.restore({**alone.stream.state()})
+    shared.restore({**thread.stream.state()})
     assert not multiprocessing.active_children()
-    alone.next()
-    state = alone.stream.state()
-    expected = alone.next()
+    thread.next()
+    state = thread.stream.state()
+    expected = thread.next()
     shared.restore(state)
     assert all(map(same, shared.next().batches, expected.batches))
     shared.close()
@@ -88,32 +86,21 @@ class Unreadable:
 
 
 def test_processes_end_with_the_run_however_it_ends(folder):
-    """The run is killed, while its processes wait for something to do."""
-    program = (
-        "import multiprocessing, os, signal, sys\n"
-        "from pathlib import Path\n"
-        "from tests.trainer.test_loader import loader\n"
-        "if __name__ == '__main__':\n"
-        "    reading = loader(Path(sys.argv[1]), 1)\n"
-        "    reading.next()\n"
-        "    print(*(p.pid for p in multiprocessing.active_children()), flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    script = folder / "program.py"
-    script.write_text(program)
-    run = subprocess.run(
-        [sys.executable, str(script), str(folder)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    run = alone("tests.trainer.test_loader", str(folder))
     assert run.returncode == -signal.SIGKILL, run.stderr
     (pid,) = map(int, run.stdout.split())
     deadline = time.monotonic() + 30
     while Path(f"/proc/{pid}").exists() and "(zombie)" not in status(pid):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def main(folder: str) -> None:
+    """Kills itself, while its process waits for something to do."""
+    reading = loader(Path(folder), 1)
+    reading.next()
+    print(*(p.pid for p in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def status(pid: int) -> str:

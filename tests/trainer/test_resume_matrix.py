@@ -57,7 +57,7 @@ LETTERS = 8  # of a document
 def documents() -> list[bytes]:
     """From a few tokens to several rows; an epoch is 8 rows."""
     chance = random.Random(0)
-    lengths = (100, 31, 30, 5, 2, 50, 4, 26)
+    lengths = (100, 31, 30, 5, 2, 50, 3, 26)
     return [
         bytes(chance.choices(range(LETTERS * i, LETTERS * (i + 1)), k=length))
         for i, length in enumerate(lengths)

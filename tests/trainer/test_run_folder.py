@@ -2,36 +2,37 @@
 
 import json
 import os
-import subprocess
-import sys
+import signal
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from parallel.mesh import Mesh
+from tests.launch import start
 from trainer.errors import ConfigError
 from trainer.run_folder import hold, session
 
-HOLDER = """
-import sys
-from pathlib import Path
-from trainer.run_folder import hold
-with hold(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
 
 def test_a_second_run_waits_then_says_who_holds_it(tmp_path):
-    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout.readline() == b"held\n"
-        line = f"run_dir={tmp_path}: held by process {other.pid} on "
-        with pytest.raises(ConfigError, match=line), hold(tmp_path, wait=0.3):
-            pass
-        other.kill()
-        with hold(tmp_path, wait=10):  # the kernel frees it, however the process ended
-            pass
+    other = start({}, tmp_path / "other", "tests.trainer.test_run_folder", str(tmp_path))
+    while not (tmp_path / "held").exists():
+        assert other.is_alive()
+        time.sleep(0.01)
+    line = f"run_dir={tmp_path}: held by process {other.pid} on "
+    with pytest.raises(ConfigError, match=line), hold(tmp_path, wait=0.3):
+        pass
+    other.kill()
+    with hold(tmp_path, wait=10):  # the kernel frees it, however the process ended
+        pass
+
+
+def main(folder: str) -> None:
+    """Holds it for ever."""
+    with hold(Path(folder)):
+        Path(folder, "held").touch()
+        signal.pause()
 
 
 def test_the_outcome_stands_in_the_folder(tmp_path):
