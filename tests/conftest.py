@@ -6,6 +6,9 @@ from collections.abc import Iterator
 import pytest
 
 import tests.launch  # noqa: F401  what every new process has imported
+from tests import quick_hydra
+
+quick_hydra.install()
 
 LONGEST = (  # tests/..., in the order in which workers begin them, before all others
     "trainer/test_resume_matrix.py",

@@ -9,7 +9,7 @@ import transformers
 
 from models.ops.select import Ops
 from models.sequence import SequenceInfo
-from tests.trainer.tiny import overrides
+from tests.trainer.tiny import QUICK, overrides
 from trainer import main
 from trainer.console import close_logging
 from trainer.evaluate import take_over
@@ -54,7 +54,13 @@ def load(path, dtype=torch.float32):
 def trained(run, folder):
     """The run folder; two steps, then two more resumed."""
     if not (folder / "run").exists():
-        common = [*HYBRID, "schedule.total_steps=4", "tasks.kv.lengths=[47]", "tasks.kv.samples=2"]
+        common = [
+            *QUICK,
+            *HYBRID,
+            "schedule.total_steps=4",
+            "tasks.kv.lengths=[47]",
+            "tasks.kv.samples=2",
+        ]
         run("train", *overrides(folder, *common, "trainer.steps=2"))
         assert "resumed from" in run("train", *overrides(folder, *common))
     return folder / "run"

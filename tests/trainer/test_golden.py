@@ -31,8 +31,9 @@ MODELS: dict[str, tuple[str, ...]] = {
 
 
 def losses(model: str, folder: Path) -> list[float]:
-    """fp64: equal to far more digits than are kept, on any machine."""
-    words = overrides(folder, f"model={model}", "trainer.precision=fp64", "trainer.steps=10")
+    """fp64: equal to far more digits than are kept, on any machine and in any micro-batches."""
+    more = ["trainer.precision=fp64", "trainer.steps=10", "trainer.micro_batch_size=4"]
+    words = overrides(folder, f"model={model}", *more)
     section = compose([word for word in words if not word.startswith(MODELS[model])])
     mesh = Mesh(device=torch.device("cpu"))
     trainer = build_trainer(section, mesh=mesh, run_dir=folder)

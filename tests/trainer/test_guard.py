@@ -7,12 +7,13 @@ import re
 import pytest
 import torch
 
-from tests.trainer.tiny import build, records
+from tests.trainer.tiny import QUICK, build, records
 from trainer.errors import TrainingError
 from trainer.guard import Fault, Guard, Spike
 from trainer.loop import Trainer
 
-SAVING = ["trainer.steps=8", "checkpoint.every=2", "checkpoint.keep=0", "data.batch_size=2"]
+SAVING = [*QUICK, "trainer.steps=8", "checkpoint.every=2", "checkpoint.keep=0"]
+SAVING += ["data.batch_size=2", "trainer.micro_batch_size=1"]
 
 
 def rows(source: str) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from parallel.mesh import Mesh
-from tests.trainer.tiny import config
+from tests.trainer.tiny import QUICK, config
 from trainer.build import build_trainer
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.staging import HostBuffers
@@ -63,7 +63,7 @@ def test_compiling_changes_nothing(make, monkeypatch):
     runs = []
     for more in ([], ["trainer.compile=true", "trainer.activation_checkpointing=true"]):
         counters.clear()
-        trainer = make("trainer.precision=fp64", *more)
+        trainer = make(*QUICK, "trainer.precision=fp64", *more)
         steps = [trainer.train_step() for _ in range(2)]
         assert bool(counters["stats"]["unique_graphs"]) == bool(more)
         runs.append(([(s["loss"], s["grad_norm"]) for s in steps], weights(trainer)))
@@ -148,7 +148,7 @@ def test_evaluation_leaves_no_trace(make, tmp_path):
 
 
 def test_saves_on_schedule_and_the_last_step_once(make, tmp_path):
-    trainer = make("checkpoint.every=2", "checkpoint.keep=0", "eval.every=3")
+    trainer = make(*QUICK, "checkpoint.every=2", "checkpoint.keep=0", "eval.every=3")
     saved = []
     save = trainer.store.save
 
@@ -161,14 +161,15 @@ def test_saves_on_schedule_and_the_last_step_once(make, tmp_path):
     assert saved == [(2, 2), (4, 4)]  # the line of a step is there before its checkpoint
     assert path == tmp_path / "run" / "checkpoints" / "step_00000004"
     assert ["eval_loss" in record for record in records(tmp_path)] == [False, False, True, False]
-    assert make("checkpoint.every=2").run() is None  # nothing is left to do
+    assert make(*QUICK, "checkpoint.every=2").run() is None  # nothing is left to do
 
 
 @pytest.mark.parametrize(
     "more", [[], ["trainer.precision=fp64", "checkpoint.background=false"], ["engine.bucket_mb=1"]]
 )
 def test_resuming_is_bitwise(make, tmp_path, more):
-    fixed = ["checkpoint.every=2", "checkpoint.keep=0", "schedule.total_steps=4", *more]
+    fixed = [*QUICK, "trainer.micro_batch_size=2", "schedule.total_steps=4"]
+    fixed += ["checkpoint.every=2", "checkpoint.keep=0", *more]
     whole = make(*fixed)
     whole.run()
     expected, end = records(tmp_path), weights(whole)
@@ -182,7 +183,7 @@ def test_resuming_is_bitwise(make, tmp_path, more):
 
 def test_a_checkpoint_holds_its_step_though_the_next_one_goes_on(make, tmp_path, monkeypatch):
     """Its copies are taken as late as can be: when the step that follows waits for them."""
-    trainer = make("checkpoint.every=2", "checkpoint.keep=0")
+    trainer = make(*QUICK, "checkpoint.every=2", "checkpoint.keep=0")
     copy, wait, asked = HostBuffers.copy, trainer.store.wait_staged, threading.Event()
     saved = {}
 
@@ -221,14 +222,14 @@ def test_a_save_that_fails_ends_the_run_only_if_it_is_the_last(make, tmp_path, m
         seal(self, step, *args, **facts)
 
     monkeypatch.setattr(CheckpointFolder, "seal", sometimes)
-    assert make("trainer.steps=3", "checkpoint.every=1").run().name == "step_00000003"
+    assert make(*QUICK, "trainer.steps=3", "checkpoint.every=1").run().name == "step_00000003"
     line = "step 2 is not saved: a file: No space left on device"
     assert [r.message for r in caplog.records if r.levelname == "WARNING"] == [line]
     full.add(5)
     with pytest.raises(TrainingError, match="step 5 is not saved: a file: No space left"):
-        make("trainer.steps=5", "checkpoint.every=1").run()
+        make(*QUICK, "trainer.steps=5", "checkpoint.every=1").run()
     assert len(records(tmp_path)) == 5
-    assert make("trainer.steps=6").step == 4
+    assert make(*QUICK, "trainer.steps=6").step == 4
 
 
 @pytest.mark.parametrize(
@@ -240,6 +241,7 @@ def test_a_save_that_fails_ends_the_run_only_if_it_is_the_last(make, tmp_path, m
 )
 def test_the_best_checkpoints_are_those_of_the_best_figure(make, tmp_path, more, name, values):
     trainer = make(
+        *QUICK,
         *("checkpoint.every=1", "checkpoint.keep=1", "checkpoint.keep_best=2", "eval.every=1"),
         *("eval.tasks=[perplexity,kv]", "tasks.kv.lengths=[48]"),
         *(f"checkpoint.best_metric={name}", *more),
@@ -252,8 +254,8 @@ def test_the_best_checkpoints_are_those_of_the_best_figure(make, tmp_path, more,
 
 
 def test_hyperparameters_are_the_configurations(make):
-    make("trainer.steps=2").run()
-    resumed = make("optim.weight_decay=0.7", "optim.betas=[0.5,0.6]")
+    make(*QUICK, "trainer.steps=2").run()
+    resumed = make(*QUICK, "optim.weight_decay=0.7", "optim.betas=[0.5,0.6]")
     assert resumed.step == 2
     groups = resumed.engine.optimizer.param_groups
     assert [group["weight_decay"] for group in groups] == [0.7, 0.0]
@@ -286,7 +288,7 @@ def test_only_a_gradient_that_is_not_finite_stops_it_too(make):
 
 
 def test_a_used_folder_is_not_started_over(make):
-    make("trainer.steps=1").run()
+    make(*QUICK, "trainer.steps=1").run()
     with pytest.raises(ConfigError, match=r"resume=none: .* already holds checkpoints"):
         make("resume=none")
     with pytest.raises(ConfigError, match=r"model.d_model=32"):

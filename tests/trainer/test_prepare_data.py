@@ -6,7 +6,7 @@ import sys
 import pytest
 import transformers
 
-from tests.trainer.tiny import MODEL, records
+from tests.trainer.tiny import MODEL, QUICK, records
 from trainer import main
 from trainer.console import close_logging
 from trainer.data.store import TokenStore
@@ -44,7 +44,7 @@ def run(folder, monkeypatch, capfd):
 
 
 SOURCE = ["data=jsonl", "data.path=texts.jsonl", "data.column=code"]
-SMALL = [*MODEL, "data.seq_len=48", "data.batch_size=4", "data.eval_fraction=0.3"]
+SMALL = [*MODEL, *QUICK, "data.seq_len=48", "data.batch_size=4", "data.eval_fraction=0.3"]
 SMALL += ["trainer.keep_heap=false", "schedule.total_steps=4", "trainer.precision=fp64"]
 
 

@@ -31,13 +31,17 @@ MODEL = [
     "mixer.mamba2.state_dim=8",
 ]
 
+# A third of the time, where neither micro-batches nor layers are what a test is about.
+QUICK = ["trainer.micro_batch_size=4", "model.num_layers=2", "model.pattern=[kda,mla]"]
+
 
 def overrides(folder: Path, *more: str) -> list[str]:
     """Trains on a few documents written to `folder`, in folder/run."""
     documents = folder / "documents"
-    documents.mkdir(exist_ok=True)
-    for i in range(12):
-        (documents / f"{i}.txt").write_text(f"{i}: the quick brown fox " * (i % 4 + 1))
+    if not documents.exists():
+        documents.mkdir()
+        for i in range(12):
+            (documents / f"{i}.txt").write_text(f"{i}: the quick brown fox " * (i % 4 + 1))
     return [
         *MODEL,
         "data=files",
