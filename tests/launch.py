@@ -24,6 +24,7 @@ FORKSERVER.set_forkserver_preload(
     [
         *("pytest", "trainer.main", "trainer.engine.accelerate", "trainer.engine.deepspeed"),
         "deepspeed.runtime.zero.muon.muon_optimizer",  # its first engine imports all of Inductor
+        "tests.preloaded",
     ]
 )
 

@@ -67,8 +67,13 @@ def make_model(overrides: list[str], *, device: str = "meta") -> HybridLM:
 
 def make_mixer(name: str, ops: Ops | None = None, **keywords) -> Mixer:
     """The mixer of conf/mixer/<name>.yaml for d_model 24, in fp64, random in every parameter."""
-    section = compose([])["mixer"][name] | keywords
+    section = copy.deepcopy(mixer_sections()[name]) | keywords
     return randomise(construct(section, f"mixer.{name}")(24, ops=ops or Ops()).double())
+
+
+@functools.cache
+def mixer_sections() -> dict:
+    return compose([])["mixer"]
 
 
 def randomise(module: M) -> M:
