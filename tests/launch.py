@@ -1,4 +1,5 @@
-"""Starts ranks: with torchrun, as a user does, or by a process that has imported everything."""
+"""Starts ranks: with torchrun, as a user does, or by a process that has imported everything,
+which tests.launchers can make a launcher."""
 
 import contextlib
 import importlib
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
+TORCHRUN = ("torch.distributed.run", "--standalone")  # of which tests.launchers makes a process
 
 # Most of a short launch is the import of torch and DeepSpeed, which this process has behind it; one
 # for all tests, as Python knows only one.
@@ -41,7 +43,7 @@ def free_port() -> int:
 def torchrun(ranks: int, *arguments: str, seconds: float = 120) -> subprocess.CompletedProcess:
     """`torchrun arguments` in the repository. Judge it by what it wrote rather than by its exit
     code: a finished process may rarely abort while it exits."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [sys.executable, "-m", *TORCHRUN]
     return subprocess.run(
         [*command, f"--nproc-per-node={ranks}", *arguments],
         cwd=ROOT,

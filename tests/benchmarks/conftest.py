@@ -6,6 +6,7 @@ import torch
 from benchmarks import worker
 from benchmarks.job import Job
 from benchmarks.settings import Settings
+from tests.launch import alone
 from tests.models.build import compose
 
 TINY = (
@@ -60,6 +61,13 @@ def settings(**changed) -> Settings:
         "output": None,
     }
     return Settings(**{**defaults, **changed})
+
+
+def finished(command: list[str], timeout: float) -> tuple[int, str, str]:
+    """In the place of benchmarks.job._finished: python -m NAME ... in a process that is forked."""
+    environment = {"OMP_NUM_THREADS": "1"}
+    done = alone("tests.launchers", *command[2:], environment=environment, seconds=timeout)
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from parallel.cost import links, planned, softmax_bytes, softmax_heads_bytes, st
 from parallel.layout import plan_layout
 from parallel.plans import merged
 from parallel.shapes import RecurrenceShape, SoftmaxShape
-from tests.benchmarks.conftest import JOB, settings, tiny
+from tests.benchmarks.conftest import JOB, finished, settings, tiny
 from tests.launch import forked
 
 LENGTH = 256
@@ -79,7 +79,8 @@ def test_padding_has_no_gradient() -> None:
 
 def suite_rows(monkeypatch: pytest.MonkeyPatch, *, torchrun: bool = False, **changed) -> list[Row]:
     """Of a run whose measurements on one rank are in this process, the others in their own, which
-    are forked, or torchrun starts as ever."""
+    are forked, if asked by torchrun."""
+    monkeypatch.setattr("benchmarks.job._finished", finished)
     launch = Job.run
 
     def run(job: Job, timeout: float) -> Row:

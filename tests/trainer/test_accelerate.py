@@ -1,13 +1,10 @@
 """What Accelerate is configured to do, on its real DDP, FSDP2 and DeepSpeed back ends."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 
-from tests.launch import ROOT
+from tests import launch
 from tests.trainer.runs import SINGLE, Runs, assert_same, assert_same_gradients
 from tests.trainer.tiny import config
 from trainer.build import build_trainer
@@ -137,16 +134,10 @@ def test_its_launcher(runs, alone):
     process."""
     more = ["parallel=ring", "parallel.layout=zigzag", "trainer.micro_batch_size=4"]
     words = runs.words("launched", ENGINE, *more, "trainer.steps=1")
-    launch = ["--use_fsdp", "--fsdp_version=2", "--use_parallelism_config", "--num_processes=2"]
-    launch += ["--parallelism_config_dp_shard_size=2"]
-    run = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *launch, "scripts/train.py", *words],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    command = ["accelerate.commands.launch", "--use_fsdp", "--fsdp_version=2", "--num_processes=2"]
+    command += ["--use_parallelism_config", "--parallelism_config_dp_shard_size=2"]
+    command += ["scripts/train.py", *words]
+    run = launch.alone("tests.launchers", *command, environment={"OMP_NUM_THREADS": "1"})
     assert (runs.path / "launched" / "checkpoints" / "step_00000001").is_dir(), run.stderr
     assert "mesh    2 x cpu = 1 data x 2 ring x 1 ulysses, gloo, fp32" in run.stdout
     assert_same(runs.records("launched"), runs.records("alone")[:1], 1e-5)

@@ -3,36 +3,34 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 
 from parallel.mesh import Mesh
-from tests.launch import ROOT, forked
-from tests.trainer.tiny import overrides, records
+from tests.launch import TORCHRUN, forked, start
+from tests.trainer.tiny import QUICK, overrides, records
 from trainer.run_folder import session
 
-COMMON = ["trainer.precision=fp64", "trainer.steps=6", "schedule.total_steps=6"]
+COMMON = [
+    *QUICK,
+    "trainer.micro_batch_size=1",
+    "trainer.precision=fp64",
+    "trainer.steps=6",
+    "schedule.total_steps=6",
+]
 HOST = os.uname().nodename
 BITWISE = ("step", "loss", "grad_norm", "lr", "tokens", "epoch")
 
 
-def launch(folder: Path, *jobs: dict, ranks: int = 2) -> subprocess.Popen:
-    """torchrun; its lines of errors go to folder/errors."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command.append(f"--nproc-per-node={ranks}")
-    with (folder / "errors").open("w") as errors:
-        return subprocess.Popen(
-            [*command, "-m", "tests.trainer.faulty", str(folder), json.dumps(jobs)],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-        )
+def launch(folder: Path, *jobs: dict, ranks: int = 2) -> BaseProcess:
+    """torchrun; lines of errors go to folder/ranks.2."""
+    command = [*TORCHRUN, f"--nproc-per-node={ranks}", "-m", "tests.trainer.faulty"]
+    environment, output = {"OMP_NUM_THREADS": "1"}, folder / "ranks"
+    return start(environment, output, "tests.launchers", *command, str(folder), json.dumps(jobs))
 
 
 def job(folder: Path, name: str, *more: str, faults: list | None = None) -> dict:
@@ -95,7 +93,7 @@ def stopped(tmp_path_factory):
     jobs["skip"] = job(folder, "skip", "trainer.nonfinite=skip", faults=nan)
     jobs["rollback"] = job(folder, "rollback", *ROLLBACK, faults=nan)
     jobs["killed"] = job(folder, "killed", faults=[[1, "DDPEngine", "step", 2, "SIGKILL"]])
-    launch(folder, *jobs.values()).wait(200)
+    launch(folder, *jobs.values()).join(200)
     codes = {
         name: [path.read_text() for path in sorted(folder.glob(f"{i}.?"))]
         for i, name in enumerate(jobs)
@@ -148,7 +146,7 @@ def test_the_launchers_signal_behind_a_death_is_no_stop_to_resume_from(stopped):
     folder, codes = stopped
     assert codes["killed"] == ["1"]
     reason = f"lost rank 1 on {HOST}: its process ended"
-    assert errors((folder / "errors").read_text()) == [f"error: rank 0: {reason}"]
+    assert errors((folder / "ranks.2").read_text()) == [f"error: rank 0: {reason}"]
     assert status(folder / "killed").items() >= {"outcome": "failed", "reason": reason}.items()
     assert not list((folder / "killed" / "checkpoints").glob("step_*"))
 
@@ -173,8 +171,8 @@ def test_workers_end_with_a_launcher_that_is_killed(tmp_path):
     alone = job(tmp_path, "run", "trainer.micro_batch_size=2", faults=[SLEEPING])
     launcher = launch(tmp_path, alone, ranks=1)
     wait_for((tmp_path / "asleep").exists, 100)
-    launcher.send_signal(signal.SIGKILL)
-    launcher.wait()
+    launcher.kill()
+    launcher.join()
     wait_for(lambda: gone(tmp_path / "asleep"), 2)
     with session(tmp_path / "run", Mesh(device=torch.device("cpu"))) as status:  # it is free
         assert status.left.startswith("the run before ended without a word: process ")

@@ -1,18 +1,20 @@
 """Two hosts, by network namespaces, whose link is cut: both sides end and say so, and a restart
 goes on. Needs Linux, root and `ip`."""
 
+import ctypes
 import json
 import os
 import shutil
 import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
-from tests.launch import ROOT
-from tests.trainer.tiny import build, overrides, records
+from tests import launchers
+from tests.launch import start
+from tests.trainer.tiny import QUICK, build, overrides, records
 
 SECONDS = 3  # of silence
 
@@ -44,27 +46,28 @@ def hosts():
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
-def launch(folder: Path, hosts: list[str], job: dict) -> list[subprocess.Popen]:
-    """torchrun on both hosts, a rank each; lines of errors go to folder/<host>."""
+def launch(folder: Path, hosts: list[str], job: dict) -> list[BaseProcess]:
+    """torchrun on both hosts, a rank each; lines of errors go to folder/<host>.2."""
     shared = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=10.77.0.1", "--master-port=29501"]
     started = []
     for i, host in enumerate(hosts):
-        python = [sys.executable, "-m", "torch.distributed.run", *shared, f"--node-rank={i}"]
-        python += ["-m", "tests.trainer.faulty"]
-        with (folder / host).open("w") as errors:
-            process = subprocess.Popen(
-                ["ip", "netns", "exec", host, *python, str(folder), json.dumps([job])],
-                cwd=ROOT,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": host},
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-            )
-        started.append(process)
+        words = [*shared, f"--node-rank={i}", "-m", "tests.trainer.faulty", str(folder)]
+        environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": host}
+        started.append(start(environment, folder / host, __name__, host, *words, json.dumps([job])))
     return started
 
 
+def main(host: str, *arguments: str) -> None:
+    """torchrun, in a process of its own that goes over to the host."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with Path("/run/netns", host).open() as namespace:
+        if libc.setns(namespace.fileno(), 0):  # of whichever kind
+            raise OSError(ctypes.get_errno(), "setns")
+    launchers.main("torch.distributed.run", *arguments)
+
+
 def error(folder: Path, host: str) -> str:
-    lines = (folder / host).read_text().splitlines()
+    lines = (folder / f"{host}.2").read_text().splitlines()
     return next((line for line in lines if line.startswith("error: ")), "")
 
 
@@ -76,9 +79,10 @@ def wait_for(condition, seconds: float) -> None:
 
 
 def test_both_sides_of_a_cut_link_end_and_a_restart_goes_on(hosts, tmp_path):
-    made = [*overrides(tmp_path), "trainer.steps=100000", "checkpoint.every=3", "logging.every=100"]
+    made = overrides(tmp_path, *QUICK, "trainer.micro_batch_size=2")
+    made += ["trainer.steps=100000", "checkpoint.every=3", "logging.every=100"]
     job = {"overrides": [*made, f"trainer.lost_rank_seconds={SECONDS}"], "faults": []}
-    launchers = launch(tmp_path, hosts, job)
+    hosted = launch(tmp_path, hosts, job)
     try:
         metrics = tmp_path / "run" / "metrics.jsonl"
         saved = tmp_path / "run" / "checkpoints" / "latest"
@@ -86,9 +90,9 @@ def test_both_sides_of_a_cut_link_end_and_a_restart_goes_on(hosts, tmp_path):
         ip("-n", hosts[1], "link", "set", hosts[1], "down")
         wait_for(lambda: all(error(tmp_path, host) for host in hosts), SECONDS + 12)
     finally:
-        for launcher in launchers:
+        for launcher in hosted:
             launcher.kill()
-            launcher.wait()
+            launcher.join()
     name = os.uname().nodename
     lost = f"lost rank 1 on {name}: silent for {SECONDS} s"
     assert error(tmp_path, hosts[0]) == f"error: rank 0: {lost}"

@@ -7,7 +7,7 @@ import torch
 
 from tests.launch import torchrun
 from tests.models.build import compose
-from tests.trainer.tiny import overrides, records
+from tests.trainer.tiny import QUICK, overrides, records
 from trainer import main
 from trainer.checkpoint.convert import convert
 from trainer.checkpoint.weights import open_weights
@@ -16,9 +16,10 @@ from trainer.console import close_logging
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """run: two ranks, four steps; alone: one process."""
+    """run: two ranks, two steps; alone: one process."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    common = overrides(folder, "trainer.precision=fp64", "eval.every=2")
+    common = overrides(folder, *QUICK, "trainer.micro_batch_size=2", "trainer.precision=fp64")
+    common += ["trainer.steps=2", "eval.every=2", "data.cache_workers=1"]
     run = torchrun(2, "scripts/train.py", *common)
     assert "Warning" not in run.stderr and "error" not in run.stderr, run.stderr
     main.train(compose([*common, f"run_dir={folder / 'alone'}"]))
@@ -29,8 +30,8 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("name", ["run", "alone"])
 def test_a_run_is_done(folder, name):
     assert json.loads((folder / name / "status.json").read_text())["outcome"] == "done"
-    assert (folder / name / "checkpoints" / "step_00000004").is_dir()
-    assert (folder / name / "train.log").read_text().count("step 4/4") == 1
+    assert (folder / name / "checkpoints" / "step_00000002").is_dir()
+    assert (folder / name / "train.log").read_text().count("step 2/2") == 1
 
 
 def test_one_process_converts_what_two_wrote(folder):
