@@ -1,23 +1,22 @@
 """Trains jobs one after the other, on the ranks of one launch or alone, and keeps what was read.
 
-Run on ranks: JOBS is a JSON list of (name, overrides). A job leaves <name>_<rank>.json in its
-run_dir: the place of the rank, its first step, and the rows of each micro-batch of each step.
+Run on ranks: JOBS is a JSON list of (name, resolved configuration). A job leaves in its run_dir
+<name>_<rank>.json: the place of the rank, its first step, the rows of each micro-batch of each step.
 """
 
 import json
 import os
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
-from tests.models.build import compose
 from trainer.batch import Batch
 from trainer.engine import Engine
 from trainer.loop import Trainer
 from trainer.main import train
 
 
-def run(name: str, overrides: list[str]) -> None:
-    config = compose(overrides)
+def run(name: str, config: dict[str, Any]) -> None:
     first, data_rank = [], []
     steps: list[list[str]] = []
 
@@ -43,5 +42,5 @@ def run(name: str, overrides: list[str]) -> None:
 
 
 def main(jobs: str) -> None:
-    for name, overrides in json.loads(Path(jobs).read_text()):
-        run(name, overrides)
+    for name, config in json.loads(Path(jobs).read_text()):
+        run(name, config)

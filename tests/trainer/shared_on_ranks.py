@@ -1,8 +1,9 @@
 """Run on ranks: does training jobs one after the other and keeps what only a rank can see.
 
-JOBS is a JSON list of {"config": a resolved configuration, "environment": what that job has beside
-ours, "marks": a list}. Marked `unsaved`, a job writes no checkpoint; `counted`, it counts all
-tensors; `dropped`, it has a step before the second whose gradients are not finite and are dropped.
+JOBS is a JSON list of {"config": a resolved configuration, "rank N": that of rank N, if another,
+"environment": what that job has beside ours, "marks": a list}. Marked `unsaved`, a job writes no
+checkpoint; `counted`, it counts all tensors; `dropped`, it has a step before the second whose
+gradients are not finite and are dropped.
 Rank r leaves run_dir/seen_r.pt, see `watch`, unless the job is refused, which it prints.
 """
 
@@ -165,10 +166,11 @@ def main(jobs: str) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         marks[:] = job["marks"]
+        config = job.get(f"rank {os.environ['RANK']}", job["config"])
         try:
-            commands.train(job["config"])
+            commands.train(config)
         except ConfigError as error:
             print(f"refused: {error}\n", end="", flush=True)  # in one piece
         else:
-            file = Path(job["config"]["run_dir"], f"seen_{os.environ['RANK']}.pt")
+            file = Path(config["run_dir"], f"seen_{os.environ['RANK']}.pt")
             torch.save(seen.pop(), file)

@@ -18,13 +18,13 @@ from parallel.collectives import Axis, Traffic
 from parallel.context import apply_context_parallel
 from parallel.layout import plan_layout
 from parallel.mesh import Mesh
-from tests.launch import fork, forked
+from tests.launch import forked
 from tests.models.build import compose, make_model
 from tests.parallel.ranks import on_ranks
-from tests.trainer.tiny import overrides
+from tests.trainer.runs import Runs, assert_same
 from trainer.agreement import check_agreement
 from trainer.batch import IGNORE_INDEX, Batch, Run
-from trainer.build import build_mesh, build_trainer, share_sequences
+from trainer.build import build_mesh, share_sequences
 from trainer.construct import call
 from trainer.errors import ConfigError
 from trainer.loop import Trainer
@@ -43,10 +43,12 @@ RUN = [
 ]
 CHECKPOINTING = "trainer.activation_checkpointing=true"
 SCHEMES = ("ring", "gather", "ulysses", "usp")
-JOBS = {group: [f"parallel={group}", CHECKPOINTING] for group in ("ring", "usp")} | {
-    "gather": ["parallel=gather", "parallel.layout=contiguous", "trainer.micro_batch_size=1"],
-    "pairs": ["parallel=ring", "parallel.cp=2", "parallel.layout=zigzag", CHECKPOINTING],
-    "mixed": ["parallel=usp", "parallel.outer=gather", "parallel.recurrence=ulysses"],
+JOBS = {  # name -> ranks, overrides
+    "ring": (2, ["parallel=ring", "parallel.layout=zigzag", CHECKPOINTING]),
+    "gather": (2, ["parallel=gather", "parallel.layout=contiguous", "trainer.micro_batch_size=1"]),
+    "usp": (4, ["parallel=usp", CHECKPOINTING]),
+    "pairs": (4, ["parallel=ring", "parallel.cp=2", "parallel.layout=zigzag", CHECKPOINTING]),
+    "mixed": (4, ["parallel=usp", "parallel.outer=gather", "parallel.recurrence=ulysses"]),
 }
 GQA = ["model.pattern=[gqa,kda]", "model.num_layers=2"]
 # A gradient as it is, of weights that make scores, gates and routers decided.
@@ -60,10 +62,25 @@ ROUTED = [  # chunks that each of four heads keeps or not
     "mixer.nats_l.chunk=8",
     *ONE_STEP,
 ]
-ROUTER_GRAD = {"ring": "selected", "usp": "counterfactual"}
-ROUNDED = ("gather", "usp")
+ROUTED_JOBS = {  # the same, and what routers learn from
+    "routed ring": (2, "parallel=ring", "mixer.nats_l.router_grad=selected"),
+    "routed usp": (4, "parallel=usp", "mixer.nats_l.router_grad=counterfactual"),
+}
 FP32 = [*ONE_STEP, "trainer.precision=fp32"]
-DISAGREEING = ["parallel=ring", "rank 2: parallel.layout=zigzag"]
+ROUNDED = {
+    "fp32 gather": (2, [*FP32, "parallel=gather"]),
+    "fp32 usp": (4, [*FP32, "parallel=usp"]),
+}
+OTHERS = {
+    "disagreeing": (4, ["parallel=ring", "rank 2: parallel.layout=zigzag"]),
+    "gqa": (2, [*GQA, "parallel=ring"]),
+    "whole": (2, ["parallel=ring", "trainer.micro_batch_size=4"]),
+    **{
+        name: (ranks, [*ROUTED, *more, CHECKPOINTING])
+        for name, (ranks, *more) in ROUTED_JOBS.items()
+    },
+}
+SAVED = ("ring", "usp", "whole")  # to be read again, or for what the log says then
 
 
 def axis(ranks: int) -> Axis:
@@ -81,94 +98,48 @@ def mesh(ring: int, ulysses: int) -> Mesh:
     )
 
 
-def records(run_dir) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("context_parallel"), RUN)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """With documents from a few tokens to several rows, lengths off any grid."""
-    folder = tmp_path_factory.mktemp("context_parallel")
-    (folder / "texts").mkdir()
-    for i, length in enumerate((700, 333, 160, 159, 97, 41, 40, 23, 7, 3, 161, 55)):
-        text = "".join(chr(97 + (j * (i + 3)) % 26) for j in range(length))
-        (folder / "texts" / f"{i}.txt").write_text(text)
-    return folder
-
-
-def command(folder, name: str, *more: str) -> list[str]:
-    made = [o for o in overrides(folder) if not o.startswith(("data.path", "run_dir"))]
-    return [*made, f"data.path={folder / 'texts'}", f"run_dir={folder / name}", *RUN, *more]
-
-
-def trainer_alone(folder, name: str, *more: str) -> Trainer:
-    """Goes on with the run folder/<name>, if there is one."""
-    (folder / name).mkdir(exist_ok=True)
-    single = Mesh(device=torch.device("cpu"))
-    return build_trainer(compose(command(folder, name, *more)), mesh=single, run_dir=folder / name)
-
-
-def train_alone(folder, name: str, *more: str) -> list[dict]:
-    trainer_alone(folder, name, *more).run()
-    return records(folder / name)
-
-
-def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Of a run's first step, times 1 - betas[0], from the optimiser."""
-    state = trainer.engine.optimizer.state
-    return {
-        name: state[p]["exp_avg"].double() for name, p in trainer.engine.model.named_parameters()
-    }
+def alone(runs) -> list[dict]:
+    runs.alone("alone", "trainer.micro_batch_size=4")
+    return runs.records("alone")
 
 
 @pytest.fixture(scope="module")
-def alone(folder) -> list[dict]:
-    return train_alone(folder, "alone", "trainer.micro_batch_size=4")
-
-
-def routed(group: str) -> list[str]:
-    return [*ROUTED, f"mixer.nats_l.router_grad={ROUTER_GRAD[group]}"]
-
-
-@pytest.fixture(scope="module")
-def errors(folder) -> str:
-    """Runs all jobs on four ranks, each in folder/<name>; -> what they printed."""
-    jobs = [command(folder, "disagreeing", *DISAGREEING)]  # first: the next ones must go on
-    jobs += [command(folder, name, *more) for name, more in JOBS.items()]
-    jobs += [command(folder, "gqa", *GQA, "parallel=usp")]
-    jobs += [
-        command(folder, f"routed_{group}", *routed(group), f"parallel={group}", CHECKPOINTING)
-        for group in ROUTER_GRAD
-    ]
-    jobs += [command(folder, "whole", "parallel=ring", "trainer.micro_batch_size=4")]
-    jobs += [command(folder, f"fp32_{group}", *FP32, f"parallel={group}") for group in ROUNDED]
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    return fork(4, "tests.trainer.jobs_on_ranks", str(folder / "jobs.json"), seconds=280)
-
-
-def assert_same(run: list[dict], alone: list[dict]) -> None:
-    for got, expected in zip(run, alone, strict=True):
-        assert got["tokens"] == expected["tokens"]
-        for key in {"loss", "grad_norm", "eval_loss"} & expected.keys():
-            assert got[key] == pytest.approx(expected[key], rel=1e-9), key
+def said(runs) -> str:
+    """By the ranks that train in all jobs; those behind `disagreeing` must go on."""
+    every = OTHERS | JOBS | ROUNDED
+    return "".join(
+        runs.on_ranks(
+            ranks,
+            {
+                name: words if name in SAVED else ["unsaved", *words]
+                for name, (own, words) in every.items()
+                if own == ranks
+            },
+        )
+        for ranks in (2, 4)
+    )
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_ranks_that_share_sequences_train_like_one(errors, folder, alone, name):
-    run = records(folder / name)
-    assert_same(run, alone)
+def test_ranks_that_share_sequences_train_like_one(said, runs, alone, name):
+    run = runs.records(name)
+    assert_same(run, alone, 1e-9)
     assert all(record["comm_bytes"] > 0 for record in run)
     assert "routed_imbalance" not in run[0]
     assert "comm_bytes" not in alone[0]
 
 
 @pytest.fixture(scope="module")
-def rounding(folder) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def rounding(runs) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """The gradient of one rank in fp64, and how far from it one rank is in fp32."""
-    train_alone(folder, "exact", *ONE_STEP)
-    train_alone(folder, "fp32", *FP32)
-    exact = gradients(trainer_alone(folder, "exact", *ONE_STEP))
-    return exact, distances(gradients(trainer_alone(folder, "fp32", *FP32)), exact)
+    exact = runs.alone("exact", *ONE_STEP)["gradients"]
+    return exact, distances(runs.alone("fp32", *FP32)["gradients"], exact)
 
 
 def distances(got: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -179,68 +150,55 @@ def distances(got: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> d
     return {"": whole} | {name: apart[name] / sizes[name] for name in exact}
 
 
-@pytest.mark.parametrize("group", ROUNDED)
-def test_in_fp32_ranks_round_like_one(errors, folder, rounding, group):
+@pytest.mark.parametrize("name", ROUNDED)
+def test_in_fp32_ranks_round_like_one(said, runs, rounding, name):
     """At most twice its distance from fp64. In the first gradient alone: from the second step on
     runs part, on one rank too, since AdamW divides by gradients that are all rounding, and a
     token whose two best experts are that close takes another one."""
     exact, alone = rounding
-    apart = distances(gradients(trainer_alone(folder, f"fp32_{group}", *FP32)), exact)
-    for name, distance in apart.items():
+    for key, distance in distances(runs.seen(name, 0)["gradients"], exact).items():
         # A gradient of few numbers can be near by luck.
-        assert distance <= 2 * max(alone[name], alone[""]), name
+        assert distance <= 2 * max(alone[key], alone[""]), key
 
 
-def test_attention_over_keys_and_values(errors, folder):
-    assert_same(records(folder / "gqa"), train_alone(folder, "gqa_alone", *GQA))
+def test_attention_over_keys_and_values(said, runs):
+    runs.alone("gqa alone", *GQA)
+    assert_same(runs.records("gqa"), runs.records("gqa alone"), 1e-9)
 
 
-@pytest.fixture(scope="module")
-def routed_alone(folder) -> dict[str, tuple[list[dict], dict[str, torch.Tensor]]]:
-    """Records and gradients of one rank, by the gradient that routers get."""
-    found = {}
-    for group, router_grad in ROUTER_GRAD.items():
-        name = f"routed_alone_{group}"
-        run = train_alone(folder, name, *routed(group))
-        grads = gradients(trainer_alone(folder, name, *routed(group)))
-        found[router_grad] = run, grads
-    return found
-
-
-@pytest.mark.parametrize("group", ROUTER_GRAD)
-def test_routed_tokens(errors, folder, routed_alone, group):
-    run, exact = routed_alone[ROUTER_GRAD[group]]
-    assert_same(records(folder / f"routed_{group}"), run)
-    assert all(record["routed_imbalance"] >= 1 for record in records(folder / f"routed_{group}"))
-    apart = distances(gradients(trainer_alone(folder, f"routed_{group}", *routed(group))), exact)
+@pytest.mark.parametrize("name", ROUTED_JOBS)
+def test_routed_tokens(said, runs, name):
+    *_, router_grad = ROUTED_JOBS[name]
+    exact = runs.alone(f"{name} alone", *ROUTED, router_grad)["gradients"]
+    assert_same(runs.records(name), runs.records(f"{name} alone"), 1e-9)
+    assert all(record["routed_imbalance"] >= 1 for record in runs.records(name))
+    apart = distances(runs.seen(name, 0)["gradients"], exact)
     assert max(apart.values()) < 1e-9, apart
 
 
-def test_where_no_document_is_cut_nothing_is_sent(errors, folder, alone):
-    """Four rows on four ranks: each document fits one."""
-    run = records(folder / "whole")
-    assert_same(run, alone)
+def test_where_no_document_is_cut_nothing_is_sent(said, runs, alone):
+    """Four rows on two ranks: each document fits one."""
+    run = runs.records("whole")
+    assert_same(run, alone, 1e-9)
     assert [record["comm_bytes"] for record in run] == [0, 0]
-    assert " 0.0% of tokens in cut" in (folder / "whole" / "train.log").read_text()
+    assert " 0.0% of tokens in cut" in (runs.path / "whole" / "train.log").read_text()
 
 
-def test_nothing_warns(errors):
-    assert "Warning" not in errors
+def test_nothing_warns(said):
+    assert "Warning" not in said
 
 
-def test_the_log_tells_mesh_schemes_and_layout(errors, folder):
-    log = (folder / "usp" / "train.log").read_text()
+def test_the_log_tells_mesh_schemes_and_layout(said, runs):
+    log = (runs.path / "usp" / "train.log").read_text()
     assert "mesh    4 x cpu = 1 data x 2 ring x 2 ulysses, gloo, fp64" in log
     assert "softmax=usp latent=usp recurrence=state_passing conv=halo, layout balanced" in log
     assert "2 micro-batches a rank" in log
     assert log.count("balanced layout: ") == 1 and "% of tokens in cut documents" in log
 
 
-def test_ranks_with_other_configurations_are_told(errors):
-    """The jobs behind this one show that the ranks left it and joined again."""
-    for rank in range(4):
-        line = f"refused by rank {rank}: parallel.layout=zigzag on rank 2, balanced on rank 0; "
-        assert errors.count(line) == 1
+def test_ranks_with_other_configurations_are_told(said):
+    """Every rank; the jobs behind this one show that they left it and joined again."""
+    assert said.count("refused: parallel.layout=zigzag on rank 2, balanced on rank 0; ") == 4
 
 
 def test_ranks_that_plan_differently_are_told():
@@ -276,9 +234,9 @@ def check_other_data(axis: Axis) -> None:
         check_agreement(config, {"token store": axis.rank}, mesh)
 
 
-def test_evaluation_on_the_command_line(errors, folder, alone):
+def test_evaluation_on_the_command_line(said, runs, alone):
     """With another scheme and engine than the run's."""
-    words = [f"checkpoint={folder / 'ring'}", "trainer.precision=fp64", "engine=fsdp2"]
+    words = [f"checkpoint={runs.path / 'ring'}", "trainer.precision=fp64", "engine=fsdp2"]
     words += ["parallel=gather", "parallel.layout=zigzag"]
     main, other = forked(2, "tests.script", "scripts/evaluate.py", *words)
     assert (main.returncode, other.returncode, other.stdout) == (0, 0, ""), main.stderr

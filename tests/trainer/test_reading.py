@@ -6,6 +6,7 @@ import json
 import pytest
 
 from tests.launch import fork
+from tests.models.build import compose
 from tests.trainer.reading_on_ranks import run
 from tests.trainer.tiny import overrides
 
@@ -59,14 +60,15 @@ def folder(tmp_path_factory):
     common = [*made, *COMMON, f"data.sources={{{','.join(sources)}}}"]
 
     def job(name, steps, *more):
-        return f"to{steps}", [*common, f"trainer.steps={steps}", f"run_dir={folder / name}", *more]
+        words = [*common, f"trainer.steps={steps}", f"run_dir={folder / name}", *more]
+        return f"to{steps}", compose(words)
 
     run(*job("whole", 13))
     for ranks, links in CHAIN:
         jobs = [job("chain", steps, *more) for steps, more in links]
         if ranks == 1:
-            for name, words in jobs:
-                run(name, words)
+            for name, config in jobs:
+                run(name, config)
         else:
             (folder / "jobs.json").write_text(json.dumps(jobs))
             fork(ranks, "tests.trainer.reading_on_ranks", str(folder / "jobs.json"), seconds=200)
