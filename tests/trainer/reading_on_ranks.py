@@ -1,7 +1,7 @@
 """Trains jobs one after the other, on the ranks of one launch or alone, and keeps what was read.
 
 Run on ranks: JOBS is a JSON list of (name, resolved configuration). A job leaves in its run_dir
-<name>_<rank>.json: the place of the rank, its first step, the rows of each micro-batch of each step.
+<name>_<rank>.json: the place of the rank, its first step, the rows of all micro-batches by step.
 """
 
 import json

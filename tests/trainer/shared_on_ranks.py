@@ -2,8 +2,8 @@
 
 JOBS is a JSON list of {"config": a resolved configuration, "rank N": that of rank N, if another,
 "environment": what that job has beside ours, "marks": a list}. Marked `unsaved`, a job writes no
-checkpoint; `counted`, it counts all tensors; `dropped`, it has a step before the second whose
-gradients are not finite and are dropped.
+checkpoint; `undrawn`, no pictures; `counted`, it counts all tensors; `dropped`, it has a step
+before the second whose gradients are not finite and are dropped.
 Rank r leaves run_dir/seen_r.pt, see `watch`, unless the job is refused, which it prints.
 """
 
@@ -25,6 +25,7 @@ from trainer import main as commands
 from trainer.batch import Batch
 from trainer.build import build_trainer
 from trainer.errors import ConfigError
+from trainer.evals import suite
 from trainer.loop import Trainer
 
 VOCABULARY = 257  # bytes, and the end of a document
@@ -147,6 +148,7 @@ def main(jobs: str) -> None:
     environment = dict(os.environ)
     marks: list[str] = []
     seen: list[dict[str, Any]] = []
+    draw = suite.draw
     gc.freeze()  # what was imported need not be looked through again
 
     def build_watched(*args: Any, **kwargs: Any) -> Trainer:
@@ -157,6 +159,7 @@ def main(jobs: str) -> None:
             drop_a_step(trainer)
         if "unsaved" in marks:
             trainer.save = lambda **facts: None
+        suite.draw = draw if "undrawn" not in marks else lambda result, path: False
         return trainer
 
     commands.build_trainer = build_watched

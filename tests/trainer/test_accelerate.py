@@ -29,6 +29,7 @@ SHAPES = {  # of two ranks: a step is two micro-batches, or one
     "cp1": ["trainer.micro_batch_size=2", "trainer.activation_checkpointing=true"],
     "cp2": ["parallel=ring", "parallel.layout=zigzag", "trainer.micro_batch_size=8"],
 }
+RUNS = [*((name, "cp2") for name in BACK_ENDS), ("ddp", "cp1"), ("fsdp2", "cp1"), ("zero2", "cp1")]
 RESUMED = {"zero3": "fsdp2", "ddp": "zero3", "fsdp2": "ddp"}  # back end -> whose checkpoint
 REFUSED = {  # what Accelerate made of its environment -> that environment
     "dynamo_backend=INDUCTOR; allowed: NO": ["ACCELERATE_DYNAMO_BACKEND=inductor"],
@@ -57,15 +58,14 @@ def alone(runs) -> dict:
 
 @pytest.fixture(scope="module")
 def said(runs, alone) -> str:
-    """By two ranks: every back end in every shape, going on from others, and what is refused."""
+    """By two ranks: every back end, going on from others, and what is refused."""
     jobs = {}
-    for name, environment in BACK_ENDS.items():
-        cp1, cp2 = SHAPES.values()
-        jobs[f"{name} cp1"] = [ENGINE, *environment, *cp1, "trainer.steps=1", "unsaved"]
-        jobs[f"{name} cp2"] = [ENGINE, *environment, *cp2, "checkpoint.every=2"]
+    for name, shape in RUNS:
+        more = ["unsaved", "trainer.steps=1"] if shape == "cp1" else ["checkpoint.every=2"]
+        jobs[f"{name} {shape}"] = [ENGINE, *BACK_ENDS[name], *SHAPES[shape], *more]
     for name, other in RESUMED.items():
         resume = runs.resume(f"{other} cp2", 2)
-        jobs[f"{name} from {other}"] = [ENGINE, *BACK_ENDS[name], *cp2, "unsaved", resume]
+        jobs[f"{name} from {other}"] = [ENGINE, *BACK_ENDS[name], *SHAPES["cp2"], "unsaved", resume]
     for i, environment in enumerate(REFUSED.values()):
         jobs[f"refused {i}"] = [ENGINE, *environment]
     return runs.on_ranks(2, jobs)
@@ -89,8 +89,7 @@ def test_shards_and_copies_train_like_one_process(four, alone):
     assert seen["bytes"]["parameters"] == rows
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", BACK_ENDS)
+@pytest.mark.parametrize(("name", "shape"), RUNS)
 def test_a_back_end_trains_like_one_process(said, runs, alone, name, shape):
     steps = runs.records(f"{name} {shape}")
     assert len(steps) == {"cp1": 1, "cp2": 3}[shape]

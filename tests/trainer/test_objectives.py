@@ -34,17 +34,20 @@ FP32, BF16 = "trainer.precision=fp32", "trainer.precision=bf16"
 ONE_STEP = "trainer.steps=1"
 WHOLE = "objective.shard_teacher=false"
 ZERO3 = ["engine=zero3", "engine.whole_below=0"]
-JOBS = {  # on four ranks
-    "kd ddp": ["parallel=ring", CUT, "parallel.cp=2", CHECKPOINTING],
-    "kd fsdp2": ["engine=fsdp2", "parallel=usp", CUT, "parallel.cp=4", WHOLE],
-    "kd accelerate": ["engine=accelerate", "parallel=gather", "parallel.cp=4"],
-    "ild ddp": ["parallel=usp", CUT, "parallel.cp=4", "trainer.micro_batch_size=4"],
-    "ild fsdp2": ["engine=fsdp2", "parallel=gather", CUT, "parallel.cp=2", CHECKPOINTING],
-    "ild zero2": ["engine=zero2", FP32],
-    "ild zero3": [*ZERO3, "parallel=ulysses", "parallel.cp=2", FP32],
-    "kd bf16": ["engine=fsdp2", BF16, ONE_STEP],
-    "kd bf16 whole": ["engine=fsdp2", BF16, ONE_STEP, WHOLE],
+SHARED = "trainer.micro_batch_size=4"
+FOUR = {  # jobs of four ranks
+    "kd fsdp2": ["engine=fsdp2", "parallel=usp", CUT, "trainer.micro_batch_size=8", WHOLE],
+    "ild ddp": ["parallel=ring", CUT, "parallel.cp=2", SHARED, CHECKPOINTING],
 }
+TWO = {  # of two
+    "kd accelerate": ["engine=accelerate", "parallel=gather", SHARED],
+    "ild fsdp2": ["engine=fsdp2", "parallel=gather", CUT, SHARED, CHECKPOINTING],
+    "ild zero2": ["engine=zero2", FP32],
+    "ild zero3": [*ZERO3, "parallel=ulysses", SHARED, FP32],
+    "kd bf16": ["engine=fsdp2", BF16, ONE_STEP, SHARED],
+    "kd bf16 whole": ["engine=fsdp2", BF16, ONE_STEP, SHARED, WHOLE],
+}
+JOBS = FOUR | TWO
 SAVED = {"ild zero2": [], "ild zero3": ["checkpoint.every=1"]}
 EXACT = [name for name, more in JOBS.items() if BF16 not in more]
 
@@ -72,24 +75,26 @@ def alone(runs) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
-def four(runs, alone) -> Runs:
+def shared(runs, alone) -> Runs:
+    """With all jobs done by ranks."""
     jobs = {
         name: [*SAVED.get(name, ["unsaved"]), *words(runs, name.split()[0], *more)]
         for name, more in JOBS.items()
     }
+    four = {name: jobs.pop(name) for name in FOUR}
     jobs["ild zero3 again"] = [
         *words(runs, "ild", *JOBS["ild zero3"], runs.resume("ild zero3", 1)),
         "unsaved",
     ]
-    runs.said = {4: runs.on_ranks(4, jobs)}
+    runs.said = runs.on_ranks(2, jobs) + runs.on_ranks(4, four)
     return runs
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_an_engine_learns_like_one_process(four, alone, name):
+def test_an_engine_learns_like_one_process(shared, alone, name):
     objective = name.split()[0]
     tolerance = 2e-5 if FP32 in JOBS[name] else 1e-9
-    got, expected = four.records(name), four.records(f"{objective} alone")
+    got, expected = shared.records(name), shared.records(f"{objective} alone")
     assert_same(got, expected, tolerance)
     parts = ("kl", "cross_entropy") if objective == "kd" else ("layer_00", "mixer_01")
     for mine, other in zip(got, expected, strict=True):
@@ -97,27 +102,27 @@ def test_an_engine_learns_like_one_process(four, alone, name):
             [other[key] for key in parts], tolerance
         )
     assert_same_gradients(
-        four.seen(name, 0)["gradients"], alone[objective]["gradients"], 10 * tolerance
+        shared.seen(name, 0)["gradients"], alone[objective]["gradients"], 10 * tolerance
     )
 
 
-def test_in_bf16_a_teacher_in_shards_says_the_same(four):
+def test_in_bf16_a_teacher_in_shards_says_the_same(shared):
     """Bitwise: its products are rounded alike wherever its weights are."""
-    (shards,), (whole,) = four.records("kd bf16"), four.records("kd bf16 whole")
+    (shards,), (whole,) = shared.records("kd bf16"), shared.records("kd bf16 whole")
     assert (shards["loss"], shards["grad_norm"]) == (whole["loss"], whole["grad_norm"])
 
 
 @pytest.mark.parametrize("name", ["ild zero2", "ild zero3"])
-def test_what_is_frozen_is_saved_and_read_too(four, alone, name):
-    got, expected = weights(four, name, 2), weights(four, "ild alone", 2)
+def test_what_is_frozen_is_saved_and_read_too(shared, alone, name):
+    got, expected = weights(shared, name, 2), weights(shared, "ild alone", 2)
     assert got.keys() == expected.keys()
     for key, x in expected.items():
         torch.testing.assert_close(got[key].double(), x, rtol=1e-4, atol=1e-4)
-    assert four.records("ild zero3 again")[0]["loss"] == four.records("ild zero3")[1]["loss"]
+    assert shared.records("ild zero3 again")[0]["loss"] == shared.records("ild zero3")[1]["loss"]
 
 
-def test_nothing_warns(four):
-    assert "Warning" not in four.said[4]
+def test_nothing_warns(shared):
+    assert "Warning" not in shared.said
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -140,8 +145,8 @@ def weights(runs: Runs, name: str, step: int) -> dict[str, torch.Tensor]:
     return {key: source.get(key) for key in source.shapes}
 
 
-def test_what_is_frozen_has_no_gradients_and_moments(alone, four):
-    for seen, ranks in ((alone["ild"], 1), (four.seen("ild fsdp2", 0), 4)):
+def test_what_is_frozen_has_no_gradients_and_moments(alone, shared):
+    for seen, ranks in ((alone["ild"], 1), (shared.seen("ild fsdp2", 0), 2)):
         parameters, gradients, moments = seen["memory"]
         layers = sum(x.nbytes for x in seen["gradients"].values())
         assert 0.9 * layers <= ranks * gradients <= 1.1 * layers

@@ -3,6 +3,8 @@
 from tests.trainer.runs import Runs, assert_same
 
 COMMON = [
+    "model.pattern=[kda,mla]",
+    "model.num_layers=2",
     "data.streaming=true",
     "data.window=2",
     "data.batch_size=8",

@@ -19,10 +19,9 @@ RING = ["parallel=ring", "parallel.layout=zigzag"]
 FSDP2 = ["engine=accelerate", "ACCELERATE_USE_FSDP=true", "FSDP_VERSION=2"]
 JOBS = {
     "ring": [EXACT, *RING],
-    "ulysses": [EXACT, "parallel=ulysses"],
-    "fsdp2 ring": [EXACT, "engine=fsdp2", *RING],
-    "accelerate fsdp2": [EXACT, *FSDP2],
-    "zero3 ulysses": ["engine=zero3", "engine.whole_below=0", "parallel=ulysses"],
+    "fsdp2 ulysses": ["undrawn", EXACT, "engine=fsdp2", "parallel=ulysses"],
+    "accelerate fsdp2": ["undrawn", EXACT, *FSDP2],
+    "zero3 ring": ["undrawn", "engine=zero3", "engine.whole_below=0", *RING],
 }
 
 
@@ -63,7 +62,7 @@ def test_a_record_has_the_figures_of_every_task(runs):
     assert len(set(losses)) == len(losses) and all(x > 1 for x in losses)
 
 
-@pytest.mark.parametrize("name", ["alone", "ring", "zero3 ulysses"])
+@pytest.mark.parametrize("name", ["alone", "ring"])
 def test_the_main_process_draws(runs, name):
     drawn = sorted(path.name for path in (runs.path / name / "eval").iterdir())
     tasks = ("copy", "kv", "mqar", "niah", "position")
