@@ -5,11 +5,6 @@ from collections.abc import Iterator
 
 import pytest
 
-import tests.launch  # noqa: F401  what every new process has imported
-from tests import quick_hydra
-
-quick_hydra.install()
-
 LONGEST = (  # tests/..., in the order in which workers begin them, before all others
     "trainer/test_resume_matrix.py",
     "trainer/test_deepspeed.py",
@@ -27,6 +22,11 @@ LONGEST = (  # tests/..., in the order in which workers begin them, before all o
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A long file that came last would leave the other worker with nothing to do."""
+    # Here, and so not by the process that hands out the tests: it takes seconds.
+    import tests.launch  # noqa: F401  what every new process has imported
+    from tests import quick_hydra
+
+    quick_hydra.install()
     place = {f"tests/{file}": i for i, file in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
 

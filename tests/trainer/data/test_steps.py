@@ -136,12 +136,12 @@ def stop_change_and_resume(choose):
     return data, taken
 
 
-def test_a_thousand_schedules_of_stops_changes_and_resumes_read_the_same_rows():
+def test_hundreds_of_schedules_of_stops_changes_and_resumes_read_the_same_rows():
     """Ranks and balance change anywhere, stages that have not begun too, the end of one under way.
 
     In a step of a balanced order only who takes a row changes.
     """
-    for seed in range(1000):
+    for seed in range(300):
         data, taken = stop_change_and_resume(random.Random(seed))
         expected = by_definition(data, len(taken))
         assert [sorted(rows) for rows in taken] == [sorted(rows) for rows in expected], seed
