@@ -116,7 +116,7 @@ def test_counters_are_as_planned_and_formulas_as_counted():
 
 
 def check_plans(axis: Axis) -> None:
-    layouts = [peers for _, peers in cases(axis.ranks)] + [one_document(axis.ranks, 8)]
+    layouts = [peers for _, peers in list(cases(axis.ranks))[::2]] + [one_document(axis.ranks, 8)]
     for peers in layouts:
         info = rank_info(peers, axis.rank)
         for op, predict in predictions(axis, peers):

@@ -14,7 +14,7 @@ from parallel.collectives import Axis
 from parallel.state_passing import StatePassing, UlyssesRecurrence
 from tests.parallel.layouts import Row, local, random_heads, rank_info, whole
 from tests.parallel.ranks import on_ranks
-from tests.parallel.routed_schemes import CHUNK, cases, planned, routing
+from tests.parallel.routed_schemes import CHUNK, cases, left_out, planned, routing
 from tests.parallel.softmax_schemes import worst
 from tests.parallel.test_softmax_schemes import two_axes
 from tests.parallel.test_state_passing import SCHEMES
@@ -54,6 +54,8 @@ def test_schemes_equal_one_rank(ranks):
 def check_schemes(axis: Axis) -> None:
     torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
     for i, (case, peers) in enumerate(cases(axis.ranks)):
+        if left_out(i, axis.ranks):
+            continue
         scheme, channels = list(SCHEMES)[i % 3], [1, KEY][i % 2]
         found = error(SCHEMES[scheme], peers, axis, channels, decays=i % 5 > 0)
         assert found < 1e-10, (case, scheme, found)

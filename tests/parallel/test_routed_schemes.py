@@ -30,6 +30,7 @@ from tests.parallel.routed_schemes import (
     cases,
     error,
     inputs,
+    left_out,
     planned,
 )
 from tests.parallel.test_softmax_messages import readers
@@ -44,9 +45,11 @@ def test_schemes_equal_one_rank(ranks):
 def check_schemes(axis: Axis) -> None:
     torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
     for i, (case, peers) in enumerate(cases(axis.ranks)):
+        if left_out(i, axis.ranks):
+            continue
         heads, own = HEADS[i % len(HEADS)], not case.endswith("one")
         for name, build in SCHEMES.items():
-            keywords = {"own": own, "counterfactual": i % 2 == 1, "shared": i % 5 == 4}
+            keywords = {"own": own, "counterfactual": i % 2 == 1, "shared": (i + i // 4) % 3 == 0}
             found = error(build, peers, heads, axis, **keywords)
             assert found < 1e-10, (case, heads, name, found)
 
@@ -58,6 +61,8 @@ def test_two_levels_equal_one_rank():
 def check_two_levels(axis: Axis) -> None:
     ulysses, ring = two_axes(axis, 2)
     for i, (case, peers) in enumerate(cases(4)):
+        if left_out(i, 3):
+            continue
         inner = list(SCHEMES)[i % 2]
 
         def build(op, _, inner=inner):

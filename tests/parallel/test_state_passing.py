@@ -156,6 +156,8 @@ def test_schemes_equal_one_rank(ranks):
 def check_schemes(axis: Axis) -> None:
     torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
     for i, (case, peers) in enumerate(cases(axis.ranks)):
+        if axis.ranks > 2 and (i + axis.ranks) % 2:
+            continue  # three and four ranks have one half each
         op = list(OPS)[i % len(OPS)]
         for scheme in SCHEMES:
             error = errors(SCHEMES[scheme], OPS[op], peers, axis)
@@ -170,7 +172,7 @@ def test_two_levels_equal_one_rank():
 
 def check_two_levels(axis: Axis) -> None:
     ulysses, ring = two_axes(axis, 2)
-    for case, peers in cases(4):
+    for case, peers in list(cases(4))[::2]:
         build = lambda op, _: UlyssesRecurrence(StatePassing(op, axis=ring), axis=ulysses)  # noqa: E731
         assert errors(build, OPS["delta rule"], peers, axis) < 1e-10, case
 
