@@ -12,6 +12,7 @@ import hydra
 import pytest
 from omegaconf import OmegaConf
 
+from tests.models.build import compose
 from tests.trainer.tiny import overrides
 from trainer import main
 from trainer.console import close_logging
@@ -164,18 +165,30 @@ def test_the_batch_script_requeues_by_the_outcome(submit, slurm, monkeypatch, ou
 
 
 @pytest.mark.parametrize(
-    ("arguments", "line"),
+    ("argument", "line"),
     [
         ("nodes=0", "nodes is 0; allowed: 1 or more"),
         ("nodez=2", "nodez=2: unknown key; allowed: mixer, "),
-        ("time=[1]", "time=[1]: allowed: str or int or null"),
         ("cluster=moon", "cluster=moon: unknown choice; allowed: apptainer, default, pyxis"),
+        ("trainer.stepz=1", "trainer.stepz=1: unknown key; allowed: trainer.steps, "),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(submit, slurm, argument, line):
+    code, out, errors = submit(argument)
+    assert (code, out) == (2, "")
+    assert len(errors) == 1 and errors[0].startswith(f"error: {line}"), errors
+    assert calls(slurm) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("time=[1]", "time=[1]: allowed: str or int or null"),
         (
             "cluster=pyxis",
             "MissingMandatoryValue while resolving interpolation: Missing mandatory "
             "value: cluster.container",
         ),
-        ("trainer.stepz=1", "trainer.stepz=1: unknown key; allowed: trainer.steps, "),
         ("trainer.steps=0", "trainer.steps is 0; allowed: 1 or more"),
         ("nodes=3 gpus_per_node=2", "data.batch_size=4: must be a multiple of 6 data ranks x "),
         ("nodes=2 parallel=ring parallel.cp=3", "parallel.cp is 3; allowed: a divisor of the"),
@@ -194,9 +207,14 @@ def test_the_batch_script_requeues_by_the_outcome(submit, slurm, monkeypatch, ou
         ("ops.softmax=fast", "ops.softmax=fast: unknown choice; allowed: auto, flash, aten, "),
     ],
 )
-def test_bad_input_is_refused_before_it_is_queued(submit, slurm, arguments, line):
-    code, out, errors = submit(*arguments.split())
-    assert (code, out) == (2, "")
+def test_bad_values_are_refused_before_they_are_queued(slurm, capfd, arguments, line):
+    """Behind Hydra, which takes most of a second."""
+    words = [*overrides(slurm), "run_dir=run", *arguments.split()]
+    with pytest.raises(SystemExit) as stop, main.exit_codes("slurm"):
+        main.submit(compose(words, "slurm"))
+    out, err = capfd.readouterr()
+    errors = err.splitlines()
+    assert (stop.value.code, out) == (2, "")
     assert len(errors) == 1 and errors[0].startswith(f"error: {line}"), errors
     assert calls(slurm) == []
 

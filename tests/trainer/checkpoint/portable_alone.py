@@ -32,7 +32,7 @@ def check(folder: Path) -> None:
     logits = expected[:, 29:-1].flatten(0, 1)
     loss = torch.nn.functional.cross_entropy(logits, tokens[:, 30:].flatten())
     torch.testing.assert_close(model(tokens, labels=labels).loss, loss)
-    check_dtypes(load(folder, dtype=torch.bfloat16), tokens, expected)
+    check_dtypes(type(model).from_pretrained(folder, dtype=torch.bfloat16), tokens, expected)
     check_initial_values(folder)
 
 
