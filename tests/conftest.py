@@ -16,7 +16,11 @@ LONGEST = (  # tests/..., in the order in which workers begin them, before all o
     "trainer/test_faults.py",
     "trainer/test_reading.py",
     "trainer/evals/test_on_ranks.py",
-    "benchmarks/test_attention.py",
+    "trainer/test_mixers_on_ranks.py",
+    "trainer/test_main.py",
+    "trainer/test_loop.py",
+    "trainer/test_two_ranks.py",
+    "trainer/checkpoint/test_portable.py",
 )
 
 
