@@ -49,8 +49,8 @@ STAGES = {
     3: ["engine=zero3", "engine.whole_below=0", "engine.live_elements=0"],
 }
 MIXERS = [  # and what parameters are used for outside the forward of their own module
-    "model.pattern=[gqa,kda,mla]",
-    "model.num_layers=3",
+    "model.pattern=[gqa,kda,mla,nats_l]",
+    "model.num_layers=4",
     "model.tie_embeddings=true",
     "model.residual_block=2",
     "mixer.gqa.num_heads=2",
