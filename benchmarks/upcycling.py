@@ -38,14 +38,11 @@ STARTS = {
     "rorope": ["recipe.rope=rorope", "recipe.low_rank=pca", "recipe.rope_dim=16"],
 }
 LATENT = ["recipe.kv_rank=32", "recipe.q_rank=null"]
-MLA_LAYERS = 3
+MLA_LAYERS = 4
 STUDENT_RATE, SCRATCH_RATES = "1e-3", ("1e-3", "3e-3")
 ILD_STEPS, KD_STEPS = 40, 80
-HELD_OUT = [
-    "data=stdlib",
-    "split=eval",
-    "data.eval_fraction=0.004",
-]  # a part of what training held out
+# A part of what training held out.
+HELD_OUT = ["data=stdlib", "split=eval", "data.eval_fraction=0.004"]
 
 
 class Bench:
