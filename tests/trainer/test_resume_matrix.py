@@ -30,8 +30,11 @@ NATS_L = [  # learned routing at half the layers, its share held by a bias that 
     "parallel.layout=zigzag",
     "trainer.micro_batch_size=2",
 ]
-ROUTED = "nats_l fsdp2 2"  # from itself only
-ALL = TOPOLOGIES | {ROUTED: (2, [*NATS_L, "engine=fsdp2"])}
+ROUTED = {  # the same, from themselves only
+    "nats_l fsdp2 2": (2, [*NATS_L, "engine=fsdp2"]),
+    "nats_l zero3 2": (2, [*NATS_L, *ZERO3]),
+}
+ALL = TOPOLOGIES | ROUTED
 NAMES = [*TOPOLOGIES]
 # Each goes on from another, some from themselves; the rest are for `make test-matrix`.
 ITSELF = [(name, name) for name in ("ddp 1", "fsdp2 2", "zero3 2", "cp 2")]
@@ -78,7 +81,7 @@ def whole(tmp_path_factory) -> Runs:
 
 @pytest.fixture(scope="module")
 def resumed(whole) -> Runs:
-    return resume(whole, [*PAIRS, (ROUTED, ROUTED)])
+    return resume(whole, [*PAIRS, *zip(ROUTED, ROUTED, strict=True)])
 
 
 @pytest.fixture(scope="module")
@@ -130,11 +133,12 @@ def test_the_next_steps_are_those_of_the_uninterrupted_run(resumed, before, afte
     goes_on(resumed, before, after)
 
 
-def test_routed_layers_on_ranks_that_share_rows_go_on_to_the_bit(resumed):
+@pytest.mark.parametrize("topology", ROUTED)
+def test_routed_layers_on_ranks_that_share_rows_go_on_to_the_bit(resumed, topology):
     """What each head keeps, too."""
-    goes_on(resumed, ROUTED, ROUTED)
-    steps = resumed.records(ROUTED)[SAVED:]
-    for again, step in zip(resumed.records(f"{ROUTED} from {ROUTED}"), steps, strict=True):
+    goes_on(resumed, topology, topology)
+    steps = resumed.records(topology)[SAVED:]
+    for again, step in zip(resumed.records(f"{topology} from {topology}"), steps, strict=True):
         shares = {key: x for key, x in step.items() if key.startswith("softmax_share")}
         assert len(shares) == 3 and shares.items() <= again.items()
         assert step["comm_bytes"] == again["comm_bytes"] > 0
