@@ -46,8 +46,8 @@ class Runs:
     def on_ranks(self, ranks: int, jobs: dict[str, list[str]], seconds: float = 280) -> str:
         """All jobs in one launch; -> what they printed.
 
-        Among a job's overrides, NAME=VALUE in capitals is for its environment, and a word a mark,
-        see `shared_on_ranks`.
+        Among a job's overrides, NAME=VALUE in capitals is for its environment, `rank N: KEY=VALUE`
+        for that rank alone, and a word a mark, see `shared_on_ranks`.
         """
         made = [self._job(name, words) for name, words in jobs.items()]
         (self.path / "jobs.json").write_text(json.dumps(made))
@@ -57,11 +57,14 @@ class Runs:
     def _job(self, name: str, words: list[str]) -> dict:
         environment = [word for word in words if word.partition("=")[0].isupper()]
         marks = [word for word in words if "=" not in word]
-        changes = [word for word in words if word not in [*environment, *marks]]
+        own = [word.partition(": ") for word in words if word.startswith("rank ")]
+        others = {*environment, *marks, *map("".join, own)}
+        changes = [word for word in words if word not in others]
         return {
             "config": compose(self.words(name, *changes)),
             "environment": dict(word.split("=") for word in environment),
             "marks": marks,
+            **{rank: compose(self.words(name, *changes, change)) for rank, _, change in own},
         }
 
     def records(self, name: str) -> list[dict]:
