@@ -7,6 +7,7 @@ consecutive within it, so that the widest messages stay inside a node:
 """
 
 import contextlib
+import functools
 import itertools
 import os
 from collections.abc import Iterator
@@ -100,9 +101,9 @@ def join(*, timeout_minutes: float = 30, cp: int | None = 1, ulysses: int = 1) -
     # The heartbeat must not push out what a rank that hangs did last.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "20000")
     # In a sweep a process joins once per job; a name of its own keeps each from the keys that the
-    # job before it left in torchrun's store.
-    store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
-    store = dist.PrefixStore(f"join {next(_joins)}", store)
+    # job before it left in the store.
+    store = dist.PrefixStore(f"join {next(_joins)}", _meet(timeout))
+    rank = int(os.environ["RANK"])
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
     shapes = gather_objects((cp, ulysses), dist.group.WORLD)
     if len(set(shapes)) > 1:  # ranks that make other groups would wait for each other in vain
@@ -115,6 +116,14 @@ def join(*, timeout_minutes: float = 30, cp: int | None = 1, ulysses: int = 1) -
     return Mesh(
         device=device, rank=rank, ranks=ranks, group=group, store=store, timeout=timeout, **axes
     )
+
+
+@functools.cache
+def _meet(timeout: timedelta) -> dist.Store:
+    """What all ranks write to, kept for the life of the process: without torchrun rank 0 serves it,
+    and would close it behind one job while the others have come back for the next."""
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    return store
 
 
 def host_group(mesh: Mesh) -> dist.ProcessGroup | None:
