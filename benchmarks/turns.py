@@ -6,13 +6,12 @@ with `threads` (default 2) threads where it chooses no `parallel`, else of as ma
 thread. All runs start, and are stopped (SIGSTOP) behind their second step; then each goes on for a
 step while the others are stopped, `rounds` (default 9) times, forwards and backwards in turn. What
 else the machine does thus meets all of them alike, and a ratio is of the same rows at the same
-time. `runs` is the folder of the runs, `output` a file for the results.
+time. `runs` is a new folder for the runs, `output` a file for the results.
 """
 
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -105,8 +104,7 @@ def main(arguments: Sequence[str]) -> None:
     options = dict(word.split("=", 1) for word in arguments)
     rounds, threads = int(options.pop("rounds", 9)), int(options.pop("threads", 2))
     common, output = options.pop("common", ""), options.pop("output", "")
-    runs = Path(options.pop("runs", "") or tempfile.mkdtemp()).absolute()
-    shutil.rmtree(runs, ignore_errors=True)
+    runs = Path(options.pop("runs", "") or Path(tempfile.mkdtemp(), "turns")).absolute()
     runs.mkdir(parents=True)
     rows = measure(options, runs, f"{common} trainer.steps={WARM + rounds + 1}", rounds, threads)
     columns = [
