@@ -28,9 +28,13 @@ LLAMA = [
     "mixer.gqa.num_kv_heads=2",
     "mixer.gqa.head_dim=48",
 ]
-TAUGHT = ["trainer.steps=1200", "schedule.warmup=0.08334"]
-ROWS = ["data.seq_len=512", "data.batch_size=4", "trainer.micro_batch_size=4"]
-EVERY = [*ROWS, "schedule.warmup=0.1", "checkpoint.every=0"]
+
+
+def _batch(rows: int) -> list[str]:
+    return ["data.seq_len=512", f"data.batch_size={rows}", f"trainer.micro_batch_size={rows}"]
+
+
+TAUGHT = [*_batch(2), "trainer.steps=12000", "optim.lr=2e-3", "schedule.warmup=0.02"]
 # Latent and rotary key, 48 of the Llama's 192 values a token and layer.
 STARTS = {
     "zebra": ["recipe.rope=zebra", "recipe.low_rank=svd", "recipe.rope_dim=16"],
@@ -39,8 +43,9 @@ STARTS = {
 }
 LATENT = ["recipe.kv_rank=32", "recipe.q_rank=null"]
 MLA_LAYERS = 4
-STUDENT_RATE, SCRATCH_RATES = "1e-3", ("1e-3", "3e-3")
-ILD_STEPS, KD_STEPS = 40, 80
+# Over few tokens, steps of one row learn the most: students and what they are held to take those.
+STEPS, RATES = {"ild": 160, "kd": 320}, {"ild": "1e-3", "kd": "5e-4"}
+SCRATCH_RATES = ("5e-4", "1e-3", "2e-3")
 # A part of what training held out.
 HELD_OUT = ["data=stdlib", "split=eval", "data.eval_fraction=0.004"]
 
@@ -65,10 +70,10 @@ class Bench:
             self._script("convert", f"source={source}", f"target={target}", *overrides)
         return target
 
-    def distil(self, name: str, source: Path, objective: str, steps: int) -> Path:
+    def distil(self, name: str, source: Path, objective: str) -> Path:
         keys = [f"objective={objective}", f"objective.teacher={self.teacher}"]
-        start = ["model=init_from", f"init_from={source}", f"trainer.steps={steps}"]
-        return self.train(name, *start, *keys, *EVERY, f"optim.lr={STUDENT_RATE}")
+        length = _length(STEPS[objective], RATES[objective])
+        return self.train(name, "model=init_from", f"init_from={source}", *keys, *length)
 
     def select(self, name: str, base: Path, other: Path) -> Path:
         target = self.runs / f"{name}.json"
@@ -80,7 +85,7 @@ class Bench:
     def loss(self, folder: Path) -> float:
         kept = self.runs / "losses" / f"{folder.relative_to(self.runs)}.json"
         if not kept.exists():
-            printed = self._script("evaluate", f"checkpoint={folder}", *ROWS, *HELD_OUT)
+            printed = self._script("evaluate", f"checkpoint={folder}", *_batch(4), *HELD_OUT)
             write(kept, json.loads(printed.splitlines()[-1]))
         return json.loads(kept.read_text())["loss"]
 
@@ -95,8 +100,8 @@ def starts(bench: Bench) -> list[Row]:
     rows = []
     for name, keys in STARTS.items():
         start = bench.convert(f"{name}_start", bench.teacher, "recipe=zebra_mla", *LATENT, *keys)
-        layers = bench.distil(f"{name}_ild", start, "ild", ILD_STEPS)
-        logits = bench.distil(f"{name}_kd", layers, "kd", KD_STEPS)
+        layers = bench.distil(f"{name}_ild", start, "ild")
+        logits = bench.distil(f"{name}_kd", layers, "kd")
         losses = {"start": start, "ild": layers, "kd": logits}
         rows.append({"model": f"mla, {name}", **_losses(bench, losses)})
     return rows
@@ -106,18 +111,22 @@ def hybrid(bench: Bench) -> list[Row]:
     """The stages of Zebra-Llama with the better start, and the same model from scratch."""
     mla = bench.runs / "rorope_ild"
     start = bench.convert("mamba2_start", bench.teacher, "recipe=zebra_mamba2")
-    mamba2 = bench.distil("mamba2_ild", start, "ild", ILD_STEPS)
+    mamba2 = bench.distil("mamba2_ild", start, "ild")
     chosen = bench.select("selection", mamba2, mla)
     parts = [f"recipe.other={mla}", f"recipe.selection={chosen}"]
     joined = bench.convert("hybrid_start", mamba2, "recipe=assemble", *parts)
-    taught = bench.distil("hybrid_kd", joined, "kd", KD_STEPS)
-    steps = f"trainer.steps={2 * ILD_STEPS + KD_STEPS}"
+    taught = bench.distil("hybrid_kd", joined, "kd")
     rows: list[Row] = [{"model": "hybrid", **_losses(bench, {"start": joined, "kd": taught})}]
     for rate in SCRATCH_RATES:
-        shape, keys = [*LLAMA, *_layers(joined)], [steps, *EVERY, f"optim.lr={rate}"]
-        plain = bench.train(f"hybrid_scratch_{rate}", *shape, *keys)
+        keys = _length(2 * STEPS["ild"] + STEPS["kd"], rate)
+        plain = bench.train(f"hybrid_scratch_{rate}", *LLAMA, *_layers(joined), *keys)
         rows.append({"model": f"hybrid from scratch, lr {rate}", "kd": bench.loss(plain)})
     return rows
+
+
+def _length(steps: int, rate: str) -> list[str]:
+    keys = [f"trainer.steps={steps}", "schedule.warmup=0.1", f"optim.lr={rate}"]
+    return [*_batch(1), *keys, "checkpoint.every=0"]
 
 
 def _layers(folder: Path) -> list[str]:
@@ -140,7 +149,7 @@ def _losses(bench: Bench, folders: Mapping[str, Path]) -> Row:
 def main(arguments: Sequence[str]) -> None:
     options = dict(word.split("=", 1) for word in arguments)
     bench = Bench(Path(options["runs"]).absolute())
-    bench.train("teacher", *LLAMA, *ROWS, *TAUGHT, "checkpoint.every=0")
+    bench.train("teacher", *LLAMA, *TAUGHT, "checkpoint.every=0")
     rows = [{"model": "teacher", "kd": bench.loss(bench.teacher)}]
     rows += [*starts(bench), *hybrid(bench)]
     stages = [Column(stage, f"loss, {stage}", ".4f") for stage in ("start", "ild", "kd")]
