@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,11 @@ from pathlib import Path
 from parallel.collectives import LostRankError, barrier
 from parallel.mesh import Mesh
 from parallel.watchdog import Watchdog
+from trainer.checkpoint.ranks import Ranks
 from trainer.errors import ConfigError
 
 LOCK_SECONDS = 30.0  # time for the run before a restart to end
+SIGHT_SECONDS = 10.0  # network file systems show late what another machine wrote
 _TAIL = 8192  # bytes that hold a line of metrics.jsonl
 
 
@@ -84,6 +87,7 @@ def session(run_dir: Path, mesh: Mesh, watchdog: Watchdog | None = None) -> Iter
         if watchdog is not None:
             watchdog.last_words = status.fail
         try:
+            check_shared(run_dir, Ranks(mesh.group))
             yield status
         except BaseException as error:
             reason = str(error) or type(error).__name__
@@ -92,6 +96,38 @@ def session(run_dir: Path, mesh: Mesh, watchdog: Watchdog | None = None) -> Iter
             status.fail(reason)
             raise
         status.finish()
+
+
+def check_shared(run_dir: Path, ranks: Ranks) -> None:
+    """Raises ConfigError, on every rank, unless all see what rank 0 writes to the folder.
+
+    Others would write their part of each checkpoint to a folder of their own.
+    """
+    if ranks.count == 1:
+        return
+    token = ranks.first(lambda: secrets.token_hex(8))
+    file = run_dir / f".shared_{token}"
+    ranks.first(lambda: file.write_text(token))
+    try:
+        ranks.together(lambda: _await_token(file, token, ranks.rank))
+    finally:
+        if ranks.rank == 0:
+            file.unlink()
+
+
+def _await_token(file: Path, token: str, rank: int) -> None:
+    deadline = time.monotonic() + SIGHT_SECONDS
+    while True:
+        with contextlib.suppress(OSError):
+            if file.read_text() == token:
+                return
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"run_dir={file.parent}: what rank 0 writes is not seen by rank {rank} on "
+                f"{os.uname().nodename}, in {file.parent.absolute()}; allowed: a folder that all "
+                "nodes share"
+            )
+        time.sleep(0.2)
 
 
 def _left_running(run_dir: Path) -> str:

@@ -9,14 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from parallel import mesh as meshes
 from parallel.mesh import Mesh
-from tests.launch import start
+from tests.launch import forked, start
+from trainer import main as commands
+from trainer import run_folder
 from trainer.errors import ConfigError
 from trainer.run_folder import hold, session
 
+MODULE = "tests.trainer.test_run_folder"
+
 
 def test_a_second_run_waits_then_says_who_holds_it(tmp_path):
-    other = start({}, tmp_path / "other", "tests.trainer.test_run_folder", str(tmp_path))
+    other = start({}, tmp_path / "other", MODULE, "hold_for_ever", str(tmp_path))
     while not (tmp_path / "held").exists():
         assert other.is_alive()
         time.sleep(0.01)
@@ -28,11 +33,41 @@ def test_a_second_run_waits_then_says_who_holds_it(tmp_path):
         pass
 
 
-def main(folder: str) -> None:
-    """Holds it for ever."""
-    with hold(Path(folder)):
-        Path(folder, "held").touch()
+def main(task: str, folder: str) -> None:
+    {"hold_for_ever": hold_for_ever, "begin_apart": begin_apart}[task](Path(folder))
+
+
+def hold_for_ever(folder: Path) -> None:
+    with hold(folder):
+        (folder / "held").touch()
         signal.pause()
+
+
+def begin_apart(folder: Path) -> None:
+    """A session in a folder that all ranks share, and one that each rank has by itself."""
+    own = folder / os.environ["RANK"]
+    own.mkdir()
+    os.chdir(own)
+    run_folder.SIGHT_SECONDS = 0.3
+    with commands.exit_codes("train"), meshes.membership(mesh := meshes.join()):
+        with session(Path("..", "shared"), mesh):
+            pass
+        with session(Path("run"), mesh):
+            pass
+
+
+def test_a_folder_that_nodes_do_not_share_is_refused(tmp_path):
+    ranks = forked(2, MODULE, "begin_apart", str(tmp_path))
+    host, place = os.uname().nodename, tmp_path / "1" / "run"
+    line = f"run_dir=run: what rank 0 writes is not seen by rank 1 on {host}, in {place}; allowed"
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    assert ranks[0].stderr.startswith(f"error: {line}: ") and ranks[0].stderr.count("\n") == 1
+    assert json.loads((tmp_path / "0" / "run" / "status.json").read_text())["outcome"] == "failed"
+    assert json.loads((tmp_path / "shared" / "status.json").read_text())["outcome"] == "done"
+    left = {path.name for path in tmp_path.glob("*/*") if path.is_file()}
+    left |= {path.name for path in (tmp_path / "0" / "run").iterdir()}
+    assert left == {".lock", "status.json"}
+    assert not any((tmp_path / "1").iterdir())
 
 
 def test_the_outcome_stands_in_the_folder(tmp_path):

@@ -30,7 +30,8 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 def write_shards(folder: Path, state: State, ranks: Ranks) -> Files:
     """Writes this rank's part durably; -> the fingerprints of its files. Collective.
 
-    Raises OSError naming the file, also for what happened on another rank.
+    Raises OSError naming the file, also for what happened on another rank, and where this rank
+    sees no such folder.
     """
     writer = dcp.FileSystemWriter(folder)
     writer.fs = _NamedFiles()
@@ -117,6 +118,9 @@ def assign(listings: Sequence[Listing]) -> dict[tuple[str, str], int]:
 class _NamedFiles(FileSystem):
     """Its errors name the file, and are those of the system: torch.save turns a full disk into a
     RuntimeError about positions."""
+
+    def mkdir(self, path: str | os.PathLike) -> None:
+        """Not here: rank 0 has made it. One that this rank made would be seen by no other."""
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Generator[io.IOBase, None, None]:

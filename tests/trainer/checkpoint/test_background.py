@@ -159,6 +159,17 @@ def test_a_save_that_cannot_fit_is_not_begun(tmp_path, caplog, monkeypatch, back
     assert names(store) == ["latest", "step_00000001", "step_00000003"]
 
 
+@BOTH
+def test_a_draft_that_is_not_seen_is_not_made(tmp_path, caplog, monkeypatch, background):
+    """As on a node whose folder is another."""
+    monkeypatch.setattr(CheckpointFolder, "reserve", lambda *args: None)
+    store = CheckpointStore(tmp_path, background=background)
+    assert save(store, 1) is None
+    file = tmp_path / ".step_00000001" / "__0_0.distcp"
+    assert warnings(caplog) == [f"step 1 is not saved: {file}: No such file or directory"]
+    assert names(store) == []
+
+
 def test_a_checkpoint_counts_though_older_ones_cannot_be_removed(tmp_path, caplog, monkeypatch):
     store = CheckpointStore(tmp_path, keep=Keep(newest=1))
     save(store, 1)
