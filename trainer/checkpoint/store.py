@@ -126,20 +126,26 @@ class CheckpointStore:
     def resolve(self, resume: str) -> Path | None:
         """The checkpoint to go on from, its files verified; None to start afresh.
 
-        resume: "auto", the newest whole one here that the run did not go back behind; "none"; or
-        the path of a checkpoint or of a run folder. Raises ConfigError if it leads to nothing
-        whole.
+        resume: "auto", the newest whole one here that the run did not go back behind, None if
+        there are none at all; "none"; or the path of a checkpoint or of a run folder. Raises
+        ConfigError if it leads to nothing whole.
         """
         self.drain()
         if resume == "none":
             return None
         if resume == "auto":
-            return self.newest()
+            newest, faults = self._newest(self._files)
+            if newest is None and faults:  # a fresh start would replace them, one by one
+                raise ConfigError(
+                    f"{self.folder} holds checkpoints, none of them whole (the newest: "
+                    f"{faults[0]}); allowed: to repair them or move them away, another run_dir"
+                )
+            return newest
         path = Path(resume).expanduser()
         if STEP.fullmatch(path.name):
             self._verify(path)
             return path
-        newest = self._newest(CheckpointFolder(path / "checkpoints"))
+        newest, _ = self._newest(CheckpointFolder(path / "checkpoints"))
         if newest is None:
             raise ConfigError(
                 f"resume={resume}: no complete checkpoint there; allowed: auto, none, the path of "
@@ -148,9 +154,9 @@ class CheckpointStore:
         return newest
 
     def newest(self, *, last_step: float = math.inf) -> Path | None:
-        """As `resolve("auto")`, of those at `last_step` or before."""
+        """The newest whole one at `last_step` or before that the run did not go back behind."""
         self.drain()
-        return self._newest(self._files, last_step)
+        return self._newest(self._files, last_step)[0]
 
     def reader(self, path: Path) -> CheckpointReader:
         """Of a checkpoint that `resolve` gave; nothing is being saved any more."""
@@ -187,7 +193,11 @@ class CheckpointStore:
         self._ranks.together(copy)
         return copies[0]
 
-    def _newest(self, files: CheckpointFolder, last_step: float = math.inf) -> Path | None:
+    def _newest(
+        self, files: CheckpointFolder, last_step: float = math.inf
+    ) -> tuple[Path | None, list[str]]:
+        """The newest whole one, and what is wrong with each that is newer."""
+        faults = []
         for step in self._ranks.first(files.candidates):
             path = files.checkpoint(step)
             if step > last_step:
@@ -196,9 +206,10 @@ class CheckpointStore:
                 self._verify(path)
             except ConfigError as error:
                 log.warning("skipping checkpoint %s: %s", path.name, error)
+                faults.append(str(error))
             else:
-                return path
-        return None
+                return path, faults
+        return None, faults
 
     def _verify(self, path: Path) -> None:
         """Raises ConfigError unless all files are as they were written; each rank reads a share."""

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from tests.trainer.checkpoint.states import save, warnings
+from tests.trainer.checkpoint.states import flip, save, warnings
 from trainer.checkpoint.store import CheckpointStore
 from trainer.errors import ConfigError
 
@@ -75,6 +75,16 @@ def test_every_cut_is_noticed(resolve, pristine, name):
         taken, lines = resolve(lambda folder, harm=harm: harm(folder / "step_00000002" / name))
         assert taken == "step_00000001" and len(lines) == 1, lines
         assert name in lines[0]
+
+
+def test_where_none_is_whole_nothing_starts_afresh(resolve):
+    def harm(folder):
+        flip(folder / "step_00000001" / "progress.json")
+        (folder / "step_00000002" / "manifest.json").unlink()
+
+    line = r"copy holds checkpoints, none of them whole \(the newest: .*step_00000002 is incomplete"
+    with pytest.raises(ConfigError, match=line):
+        resolve(harm)
 
 
 def test_the_pointer_alone_misleads_nobody(resolve, pristine):
