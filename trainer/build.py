@@ -37,6 +37,7 @@ from trainer.data import Data, DocumentStream, Stream, StreamedData, TrainStream
 from trainer.data.balance import RowCost
 from trainer.data.report import describe
 from trainer.data.steps import Stage
+from trainer.data.tokenizer import padded
 from trainer.engine import Engine, LossModule, verify_gradient_factor
 from trainer.errors import ConfigError, naming
 from trainer.evals.build import build_suite
@@ -67,12 +68,11 @@ def build_model(
 ) -> HybridLM:
     """The model of the sections `model` and `mixer`, its parameters not yet initialised.
 
-    vocab_size: the tokenizer's, for a model that does not set its own. Raises ConfigError.
+    vocab_size: the tokenizer's; a model that sets none has it padded. Raises ConfigError.
     """
     keywords = {k: v for k, v in model.items() if k not in ("name", "ffn", "moe", "vocab_size")}
-    own, ffn, moe = model.get("vocab_size"), model["ffn"], model.get("moe")
-    if own is None:
-        own = vocab_size
+    own = padded(vocab_size) if model.get("vocab_size") is None else model["vocab_size"]
+    ffn, moe = model["ffn"], model.get("moe")
     if not isinstance(own, int) or own < vocab_size:
         raise ConfigError(f"model.vocab_size={own}: allowed: {vocab_size} (tokenizer) or more")
     mixers = {name: construct(mixer[name], f"mixer.{name}", ops=ops) for name in mixer}

@@ -30,7 +30,7 @@ _LINE_END = re.compile(rb"\S\n(?=\S)")
 class Tokenizer(Protocol):
     """The store appends eos_id to each document; pad_id fills rows and is never predicted."""
 
-    vocab_size: int  # a multiple of VOCAB_MULTIPLE, above every id
+    vocab_size: int  # the highest id, and one
     eos_id: int
     pad_id: int
     fingerprint: str  # equal for two tokenizers only if they give equal ids
@@ -53,6 +53,7 @@ class Tokenizer(Protocol):
 
 
 def padded(size: int) -> int:
+    """The vocabulary of a model that is made for a tokenizer of so many ids."""
     return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
@@ -85,7 +86,7 @@ class ByteTokenizer:
 
     eos_id = 256
     pad_id = 257
-    vocab_size = padded(258)
+    vocab_size = 258
     fingerprint = "bytes-1"
 
     def encode(self, text: bytes | str) -> NDArray[np.integer]:
@@ -135,7 +136,7 @@ class HuggingFaceTokenizer:
         pad_id = self._tokenizer.token_to_id(config.get("pad_token", ""))
         self.eos_id = eos_id
         self.pad_id = eos_id if pad_id is None else pad_id
-        self.vocab_size = padded(max(self._tokenizer.get_vocab().values()) + 1)
+        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
         content = file.read_bytes() + f"{self.eos_id} {self.pad_id}".encode()
         self.fingerprint = hashlib.sha256(content).hexdigest()
 

@@ -8,6 +8,7 @@ from trainer.data import Data
 from trainer.data.text import Text
 
 PROSE = "the quick brown fox jumps over some lazy dogs while another reader watches quietly. "
+WORDS = 330  # of the tokenizer
 
 
 def data(folder: Path, **changes) -> Data:
@@ -31,7 +32,7 @@ def hugging_face(folder: Path) -> str:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=330, special_tokens=["<s>", "<eos>"], initial_alphabet=alphabet
+        vocab_size=WORDS, special_tokens=["<s>", "<eos>"], initial_alphabet=alphabet
     )
     tokenizer.train_from_iterator([PROSE] * 4, trainer)
     path = folder / "tokenizer"
