@@ -1,6 +1,8 @@
-"""What many tests share: packed layouts, random inputs, and comparing every gradient."""
+"""What many tests share: packed layouts, random inputs, comparing every gradient, a full disk."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import resource
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -63,3 +65,14 @@ def assert_equal(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: f
         error = (x - y).abs().amax() if x.numel() else 0.0
         scale = y.abs().amax() if y.numel() else 1.0
         assert error <= tolerance * max(scale, 1e-2), f"tensor {i}: {error} of {scale}"
+
+
+@contextlib.contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file of this process grows above so many bytes: to it, the disk is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -31,7 +31,7 @@ from trainer.agreement import check_agreement
 from trainer.checkpoint.keep import Keep
 from trainer.checkpoint.store import CheckpointStore
 from trainer.checkpoint.weights import load_weights
-from trainer.console import Console, header
+from trainer.console import header
 from trainer.construct import call, construct
 from trainer.data import Data, DocumentStream, Stream, StreamedData, TrainStream, build_data
 from trainer.data.balance import RowCost
@@ -46,12 +46,13 @@ from trainer.evals.task import Bench
 from trainer.guard import Guard, Spike
 from trainer.heap import keep_heap
 from trainer.loader import Loader
-from trainer.loop import Sink, Trainer
-from trainer.metrics import MetricsFile, TensorBoard, Wandb, peak_flops
-from trainer.profiling import Profiling, StepProfiler
+from trainer.loop import Trainer
+from trainer.metrics import peak_flops
+from trainer.profiling import Profiling
 from trainer.resume import check_resumable
-from trainer.settings import Evaluation, Logging, Numerics, Parallelism, Saving, Settings, Setup
+from trainer.settings import Evaluation, Numerics, Parallelism, Saving, Settings, Setup
 from trainer.sharder import Sharder
+from trainer.sinks import build_sinks
 
 log = logging.getLogger(__name__)
 
@@ -249,8 +250,7 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
     if mesh.main and isinstance(stream, TrainStream):
         for line in describe(stream, row_cost(blueprint), sharder):
             log.info(line)
-    trainer.sinks = build_sinks(trainer, config, run_dir)
-    trainer.sinks += build_profiler(trainer, profiling, run_dir)
+    trainer.sinks = build_sinks(trainer, config, profiling, run_dir)
     return trainer
 
 
@@ -286,14 +286,6 @@ def check_rope(stages: Sequence[Stage], model: HybridLM) -> None:
         except ValueError as error:
             raise ConfigError(f"data.stages[{i}].rope: {error}") from error
     model.set_rope()
-
-
-def build_profiler(trainer: Trainer, profiling: Profiling, run_dir: Path) -> list[Sink]:
-    """On the ranks that are to write a profile, if there is to be one."""
-    rank, steps = trainer.mesh.rank, profiling.steps
-    if steps is None or rank not in profiling.ranks:
-        return []
-    return [StepProfiler(folder=run_dir / "profile", steps=steps, rank=rank, done=trainer.step)]
 
 
 def build_guard(settings: Settings) -> Guard:
@@ -383,17 +375,3 @@ def start_from(trainer: Trainer, config: Config) -> None:
         with naming("init_from", init_from):
             load_weights(trainer.blueprint, Path(init_from), assign=trainer.engine.assign)
         log.info("weights from %s", init_from)
-
-
-def build_sinks(trainer: Trainer, config: Config, run_dir: Path) -> list[Sink]:
-    """Files and trackers of the main process; nothing elsewhere."""
-    wanted: Logging = call(Logging, config["logging"], "logging")
-    if not trainer.mesh.main:
-        return []
-    sinks: list[Sink] = [MetricsFile(run_dir / "metrics.jsonl", last_step=trainer.step)]
-    if wanted.tensorboard:
-        sinks.append(TensorBoard(run_dir))
-    if wanted.wandb != "off":
-        sinks.append(Wandb(run_dir, mode=wanted.wandb, project=wanted.project, config=config))
-    sinks.append(Console(steps=trainer.steps, first=trainer.step, every=wanted.every))
-    return sinks

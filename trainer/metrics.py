@@ -1,4 +1,4 @@
-"""The numbers of a run: metrics.jsonl, tensorboard, wandb, and what the machine says of itself."""
+"""The numbers of a run: metrics.jsonl, and what the machine says of itself."""
 
 import contextlib
 import json
@@ -6,10 +6,7 @@ import logging
 import os
 import resource
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
-from uuid import uuid4
 
 import torch
 
@@ -114,64 +111,3 @@ def _intact_bytes(path: Path, last_step: int) -> int:
                 break
             size += len(line)
     return size
-
-
-class TensorBoard:
-    def __init__(self, run_dir: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
-
-    def log(self, record: Record) -> None:
-        step = int(record["step"] or 0)
-        for name, value in record.items():
-            if name != "step" and value is not None:
-                self._writer.add_scalar(name, value, step)
-
-    def show(self, name: str, picture: Path, step: int) -> None:
-        from matplotlib.image import imread
-
-        self._writer.add_image(name, imread(picture), step, dataformats="HWC")
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class Wandb:
-    """One wandb run over all resumptions: its id stands in the run folder."""
-
-    def __init__(
-        self,
-        run_dir: Path,
-        *,
-        mode: Literal["offline", "online"],
-        project: str,
-        config: Mapping[str, Any],
-    ) -> None:
-        import wandb
-
-        id_file = run_dir / "wandb_id"
-        if not id_file.exists():
-            id_file.write_text(uuid4().hex[:8])
-        self._run = wandb.init(
-            id=id_file.read_text().strip(),
-            resume="allow",
-            mode=mode,
-            project=project,
-            name=run_dir.name,
-            dir=run_dir,
-            config=dict(config),
-        )
-
-    def log(self, record: Record) -> None:
-        step = int(record["step"] or 0)
-        values = {k: v for k, v in record.items() if k != "step" and v is not None}
-        self._run.log(values, step=step)
-
-    def show(self, name: str, picture: Path, step: int) -> None:
-        import wandb
-
-        self._run.log({name: wandb.Image(str(picture))}, step=step)
-
-    def close(self) -> None:
-        self._run.finish()

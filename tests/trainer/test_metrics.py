@@ -1,14 +1,12 @@
-"""metrics.jsonl over crashes and resumptions, and the trackers beside it."""
+"""metrics.jsonl over crashes and resumptions, and what the machine says of itself."""
 
 import json
-import resource
 
-import numpy as np
 import pytest
 import torch
 
-from trainer.evals.pictures import draw_heat_map
-from trainer.metrics import MetricsFile, TensorBoard, peak_flops, peak_memory_gib
+from tests.helpers import full_disk
+from trainer.metrics import MetricsFile, peak_flops, peak_memory_gib
 
 
 def lines(path):
@@ -41,35 +39,16 @@ def test_lines_wait_while_the_disk_is_full(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
     file = MetricsFile(path, last_step=0)
     file.log({"step": 1})
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))
-    try:
+    with full_disk(path.stat().st_size + 5):
         for step in (2, 3, 4, 3):  # went back
             file.log({"step": step})
         assert path.read_bytes() == b'{"step": 1}\n'
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     file.log({"step": 4, "loss": 0.5})
     file.close()
     assert lines(path) == [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "loss": 0.5}]
     assert [record.message.partition("; ")[2] for record in caplog.records] == [
         "its lines wait from step 2 on"
     ]
-
-
-def test_tensorboard_gets_every_number_and_picture(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    board = TensorBoard(tmp_path)
-    draw_heat_map(tmp_path / "map.png", np.eye(2), columns=[16, 32], rows=[0.0, 1.0], title="")
-    board.show("eval_niah", tmp_path / "map.png", 3)
-    board.log({"step": 3, "loss": 1.5, "mfu": None})
-    board.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert events.Tags()["scalars"] == ["loss"]
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(3, 1.5)]
-    assert [(e.step, e.width > 300) for e in events.Images("eval_niah")] == [(3, True)]
 
 
 def test_what_a_cpu_says_of_itself():

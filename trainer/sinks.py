@@ -1,0 +1,33 @@
+"""Where the records of a run go, by the configuration."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.console import Console
+from trainer.construct import call
+from trainer.loop import Sink, Trainer
+from trainer.metrics import MetricsFile
+from trainer.profiling import Profiling, StepProfiler
+from trainer.settings import Logging
+from trainer.trackers import Spared, TensorBoard, Wandb
+
+
+def build_sinks(
+    trainer: Trainer, config: Mapping[str, Any], profiling: Profiling, run_dir: Path
+) -> list[Sink]:
+    """Files, trackers and console of the main process; profiles on the ranks that write one."""
+    wanted: Logging = call(Logging, config["logging"], "logging")
+    rank, done, sinks = trainer.mesh.rank, trainer.step, list[Sink]()
+    if trainer.mesh.main:
+        sinks.append(MetricsFile(run_dir / "metrics.jsonl", last_step=done))
+        if wanted.tensorboard:
+            sinks.append(Spared(TensorBoard(run_dir)))
+        if wanted.wandb != "off":
+            keys: dict[str, Any] = {"mode": wanted.wandb, "project": wanted.project}
+            sinks.append(Spared(Wandb(run_dir, config=config, **keys)))
+        sinks.append(Console(steps=trainer.steps, first=done, every=wanted.every))
+    if profiling.steps is not None and rank in profiling.ranks:
+        folder = run_dir / "profile"
+        sinks.append(StepProfiler(folder=folder, steps=profiling.steps, rank=rank, done=done))
+    return sinks
