@@ -54,7 +54,7 @@ def run_task(
     made = build_task(task, tasks)
     settings: Settings = call(Settings, trainer, "trainer")
     parallelism: Parallelism = call(Parallelism, parallel, "parallel")
-    tokenizer = data["tokenizer"] or tokenizer_of(checkpoint)
+    tokenizer = data["tokenizer"] or tokenizer_of("checkpoint", checkpoint)
     plain = {**data, "tokenizer": tokenizer, "task": None, "options": None}
     documents = call(build_data, plain, "data")
     if isinstance(documents, StreamedData):

@@ -46,7 +46,7 @@ def write_text(
             raise ConfigError(f"{key}={value}: allowed: {allowed}")
     device = join().device
     numerics = Numerics.choose(precision, device)
-    text = build_tokenizer(tokenizer or tokenizer_of(checkpoint))
+    text = build_tokenizer(tokenizer or tokenizer_of("checkpoint", checkpoint, other="tokenizer"))
     model = load_model(
         checkpoint,
         ops=build_ops(ops, device, numerics.products),

@@ -10,6 +10,7 @@ from models.hybrid import HybridLM
 from models.ops.select import Ops
 from trainer.build import build_model
 from trainer.checkpoint.weights import load_weights, open_weights
+from trainer.data.tokenizer import is_tokenizer
 from trainer.errors import ConfigError, naming
 
 
@@ -30,12 +31,20 @@ def load_model(
     return model.eval().requires_grad_(False)
 
 
-def tokenizer_of(checkpoint: str) -> str:
-    """`bytes`, or the folder with the tokenizer that belongs to the weights; see `load_model`."""
-    with naming("checkpoint", checkpoint):
-        folder = open_weights(Path(checkpoint)).tokenizer_folder
-    named = folder is not None and (folder / "tokenizer.json").exists()
-    return str(folder) if named else "bytes"
+def tokenizer_of(key: str, folder: str, *, other: str = "data.tokenizer") -> str:
+    """The name of the tokenizer that belongs to the weights in a folder; see `load_model`.
+
+    key: of the configuration, that names the folder; other: that would name a tokenizer. Raises
+    ConfigError if there is none.
+    """
+    with naming(key, folder):
+        name = open_weights(Path(folder)).tokenizer
+        if name is not None and is_tokenizer(name):
+            return name
+        lacking = "no tokenizer.json beside the weights"
+        if name is not None:
+            lacking = f"its tokenizer {name} is not there"
+        raise ConfigError(f"{lacking}; allowed: {other}=PATH of it, or {other}=bytes")
 
 
 def take_model(config: Mapping[str, Any], *, tokenizer_given: bool) -> dict[str, Any]:
@@ -51,5 +60,5 @@ def take_model(config: Mapping[str, Any], *, tokenizer_given: bool) -> dict[str,
         sections = open_weights(Path(folder)).config
     taken = {key: sections[key] for key in ("model", "mixer")}
     if not tokenizer_given:
-        taken["data"] = config["data"] | {"tokenizer": tokenizer_of(folder)}
+        taken["data"] = config["data"] | {"tokenizer": tokenizer_of("init_from", folder)}
     return {**config, **taken}

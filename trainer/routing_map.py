@@ -57,7 +57,7 @@ def write_map(
         raise ConfigError(f"text={text}: {error.strerror}; allowed: a file") from None
     device = join().device
     numerics = Numerics.choose(precision, device)
-    words = build_tokenizer(tokenizer or tokenizer_of(checkpoint))
+    words = build_tokenizer(tokenizer or tokenizer_of("checkpoint", checkpoint, other="tokenizer"))
     model = load_model(
         checkpoint,
         ops=build_ops(ops, device, numerics.products),

@@ -151,9 +151,8 @@ def _prepare(
     settings: Settings = call(Settings, trainer, "trainer")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     numerics = Numerics.choose(settings.precision, device)
-    documents = call(
-        build_data, {**data, "tokenizer": data["tokenizer"] or tokenizer_of(teacher)}, "data"
-    )
+    tokenizer = data["tokenizer"] or tokenizer_of("teacher", teacher)
+    documents = call(build_data, {**data, "tokenizer": tokenizer}, "data")
     if isinstance(documents, StreamedData):
         raise ConfigError("data.streaming=true: held-out rows come of a store; allowed: false")
     setup = Setup(

@@ -14,7 +14,7 @@ from parallel.fsdp import Sharding, copy_whole
 from trainer.batch import Batch
 from trainer.build import build_model, share_sequences
 from trainer.checkpoint.weights import load_weights, open_weights
-from trainer.data.tokenizer import TOKENIZER, Tokenizer, build_tokenizer
+from trainer.data.tokenizer import Tokenizer, build_tokenizer, is_tokenizer
 from trainer.errors import ConfigError, naming
 from trainer.settings import Setup
 
@@ -119,14 +119,14 @@ def _sharding(setup: Setup) -> Sharding:
 def check_words(path: Path, own: int, tokenizer: Tokenizer) -> None:
     """Raises ConfigError if a model of `own` words has others than the teacher.
 
-    They are compared one by one where the teacher has a tokenizer beside it.
+    They are compared one by one where the teacher's tokenizer is there.
     """
     source = open_weights(path)
     words = source.shapes["embed.weight"][0]
     if words != own:
         raise ConfigError(f"it has {words} words, the model {own}; allowed: the same")
-    folder = source.tokenizer_folder
-    if folder is None or not (folder / TOKENIZER).exists():
+    name = source.tokenizer
+    if name is None or not is_tokenizer(name):
         return
-    if build_tokenizer(str(folder)).vocabulary() != tokenizer.vocabulary():
+    if build_tokenizer(name).vocabulary() != tokenizer.vocabulary():
         raise ConfigError("its tokenizer has other words than data.tokenizer; allowed: the same")

@@ -17,6 +17,7 @@ from models.checkpoints.shards import write_shards
 from models.checkpoints.table import check_shapes
 from models.portable.code import write_code
 from trainer.checkpoint.weights import WeightSource, open_weights
+from trainer.data.tokenizer import TOKENIZER, build_tokenizer
 from trainer.errors import ConfigError, naming
 
 Format = Literal["hf", "native"]
@@ -60,7 +61,7 @@ def convert(
             )
         except ValueError as error:
             raise ConfigError(f"source={source}: {error}") from None
-        copy_tokenizer(weights.tokenizer_folder, folder)
+        copy_tokenizer(weights.tokenizer or source, folder)
     return Path(target)
 
 
@@ -125,10 +126,17 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(torch.float32 if name.endswith(_ALWAYS_FP32) else dtype)
 
 
-def copy_tokenizer(source: Path | None, target: Path) -> None:
-    if source is None:
+def copy_tokenizer(name: str, target: Path) -> None:
+    """All that describes a tokenizer lies beside its tokenizer.json; of a file of another name,
+    beside which others may lie, goes what `build_tokenizer` reads.
+    """
+    place = Path(name).expanduser()
+    if name == "bytes":
+        return
+    if place.is_file() and place.name != TOKENIZER:
+        build_tokenizer(name).save(target)
         return
     for pattern in _TOKENIZER_FILES:
-        for path in source.glob(pattern):
+        for path in (place.parent if place.name == TOKENIZER else place).glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, target / path.name)

@@ -25,7 +25,7 @@ from trainer.checkpoint.manifest import MANIFEST, check_whole
 from trainer.checkpoint.reader import PROGRESS
 from trainer.checkpoint.shards import TensorReader
 from trainer.checkpoint.store import CheckpointStore
-from trainer.data.tokenizer import build_tokenizer
+from trainer.data.tokenizer import ByteTokenizer, build_tokenizer, is_tokenizer, padded
 from trainer.errors import ConfigError
 
 
@@ -36,7 +36,7 @@ class WeightSource:
     config: Config  # `model`, `mixer` of the mixers in use, `tokens`
     shapes: dict[str, Shape]
     get: Callable[[str], Tensor]
-    tokenizer_folder: Path | None  # where tokenizer files are, if there are any
+    tokenizer: str | None  # as data.tokenizer names it; None: a folder that lacks one
 
 
 def open_weights(path: Path) -> WeightSource:
@@ -109,13 +109,14 @@ def _open_hugging_face(path: Path) -> WeightSource:
         return table[name].join(lambda published: shards.get(stored[published]))
 
     shapes = {name: entry.shape for name, entry in table.items()}
-    return WeightSource(config, shapes, get, path)
+    return WeightSource(config, shapes, get, _tokenizer_beside(path, shapes))
 
 
 def _open_native(path: Path) -> WeightSource:
     shards = ShardReader(path)
     config = _read_config(path, shards.shapes)
-    return WeightSource(config, shards.shapes, shards.get, path)
+    tokenizer = _tokenizer_beside(path, shards.shapes)
+    return WeightSource(config, shards.shapes, shards.get, tokenizer)
 
 
 def _open_checkpoint(path: Path) -> WeightSource:
@@ -136,9 +137,7 @@ def _open_checkpoint(path: Path) -> WeightSource:
         dcp.load({"model": {name: tensor}}, storage_reader=reader, no_dist=True)
         return tensor
 
-    return WeightSource(
-        config | {"tokens": _token_ids(tokenizer)}, shapes, get, _tokenizer_folder(tokenizer)
-    )
+    return WeightSource(config | {"tokens": _token_ids(tokenizer)}, shapes, get, tokenizer)
 
 
 def _read_config(folder: Path, shapes: dict[str, Shape]) -> Config:
@@ -183,9 +182,8 @@ def _token_ids(tokenizer: str | None) -> Config:
     return {"bos": None, "eos": built.eos_id, "pad": pad}
 
 
-def _tokenizer_folder(tokenizer: str | None) -> Path | None:
-    if tokenizer in (None, "bytes"):
-        return None
-    path = Path(str(tokenizer)).expanduser()
-    folder = path if path.is_dir() else path.parent
-    return folder if folder.is_dir() else None
+def _tokenizer_beside(folder: Path, shapes: Mapping[str, Shape]) -> str | None:
+    """`bytes` for weights without a tokenizer that have as many words as those have."""
+    if is_tokenizer(str(folder)):
+        return str(folder)
+    return "bytes" if shapes["embed.weight"][0] == padded(ByteTokenizer.vocab_size) else None

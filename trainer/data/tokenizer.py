@@ -188,6 +188,13 @@ def build_tokenizer(name: str) -> Tokenizer:
     return HuggingFaceTokenizer(path)
 
 
+def is_tokenizer(name: str) -> bool:
+    """Whether there is one of that name, for `build_tokenizer`."""
+    path = Path(name).expanduser()
+    file = path.is_file() or (path / TOKENIZER).is_file()
+    return file or name == "bytes" or _of_bytes(path / MANIFEST)
+
+
 def _of_bytes(manifest: Path) -> bool:
     """Whether this is the manifest of a token store whose tokens are bytes."""
     if not manifest.is_file():

@@ -52,13 +52,14 @@ def upcycle(
         if isinstance(made, Assemble):
             built: Assembly | Conversion = Assembly(weights, made)
         else:
-            tokenizer = data["tokenizer"] or tokenizer_of(source)
-            built = build_conversion(weights, made, {**data, "tokenizer": tokenizer})
+            if made.calibration_tokens and data["tokenizer"] is None:
+                data = {**data, "tokenizer": tokenizer_of("source", source)}
+            built = build_conversion(weights, made, data)
         kept = dtype and DTYPES[dtype]
         tensors = ((name, cast(name, tensor, kept)) for name, tensor in built.tensors())
         write_shards(folder, tensors, max_bytes=largest)
         (folder / "config.yaml").write_text(yaml.safe_dump(built.config(), sort_keys=False))
-        copy_tokenizer(weights.tokenizer_folder, folder)
+        copy_tokenizer(weights.tokenizer or source, folder)
         if isinstance(built, Conversion):
             report = {"source": source, "recipe": dict(recipe), **built.report()}
             (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -68,7 +69,7 @@ def upcycle(
 
 
 def build_conversion(weights: WeightSource, recipe: Recipe, data: Mapping[str, Any]) -> Conversion:
-    """data: the section, with the tokenizer of the source."""
+    """data: the section, with the tokenizer of the source where it is read."""
     batches = calibration(data, recipe, weights.config["model"])
     torch.manual_seed(recipe.seed)
     return Conversion(weights, recipe, Teacher(weights, batches, device=join().device))

@@ -13,10 +13,13 @@ from models.checkpoints.shards import INDEX, ShardReader
 from models.hybrid import HybridLM
 from tests.launch import alone
 from tests.models.build import compose, make_model, randomise
+from tests.trainer.evals.helpers import hugging_face
 from trainer.checkpoint.convert import convert
 from trainer.checkpoint.store import CheckpointStore
 from trainer.checkpoint.weights import load_weights, open_weights
+from trainer.data.tokenizer import build_tokenizer
 from trainer.errors import ConfigError
+from trainer.load import tokenizer_of
 
 SMALL = [
     "model=kimi_linear",
@@ -129,10 +132,40 @@ def test_tokenizer_files_travel_along(tmp_path):
         assert {p.name for p in source.iterdir()} & {"notes.txt", *names} == set(names)
 
 
-def test_a_checkpoint_whose_tokenizer_is_gone_converts(tmp_path):
-    data = compose(SMALL)["data"] | {"tokenizer": str(tmp_path / "gone" / "tokenizer.json")}
-    target = run(save(make(), tmp_path, data=data), tmp_path / "hf", "hf")
+def test_a_tokenizer_file_of_any_name_stays_that_of_the_run(tmp_path):
+    other = Path(hugging_face(tmp_path)) / "tokenizer.json"
+    mine = other.with_name("mine.json")
+    mine.write_text(other.read_text())
+    other.write_text("{}")
+    data = compose(SMALL)["data"] | {"tokenizer": str(mine)}
+    source = save(make(), tmp_path / "run", data=data)
+    assert tokenizer_of("checkpoint", str(source)) == str(mine)
+    words = build_tokenizer(str(mine)).vocabulary()
+    for target in ("native", "hf"):
+        source = run(source, tmp_path / target, target)
+        assert tokenizer_of("checkpoint", str(source)) == str(source)
+        assert build_tokenizer(str(source)).vocabulary() == words
+
+
+def test_a_checkpoint_whose_tokenizer_is_gone_converts_and_asks_for_one(tmp_path):
+    gone = str(tmp_path / "gone" / "tokenizer.json")
+    source = save(make(), tmp_path, data=compose(SMALL)["data"] | {"tokenizer": gone})
+    target = run(source, tmp_path / "hf", "hf")
     assert json.loads((target / "config.json").read_text())["eos_token_id"] is None
+    with pytest.raises(ConfigError, match=rf"^init_from=.*tokenizer {gone} is not there; allowed"):
+        tokenizer_of("init_from", str(source))
+
+
+def test_weights_without_a_tokenizer_are_of_bytes_only_if_they_have_as_many_words(tmp_path):
+    for words, overrides in ((320, SMALL), (384, [*SMALL, "model.vocab_size=384"])):
+        folder = tmp_path / str(words)
+        source = save(make(overrides), folder / "run", overrides)
+        assert tokenizer_of("checkpoint", str(source)) == "bytes"  # which the run says itself
+        run(source, folder / "hf", "hf")
+    assert tokenizer_of("checkpoint", str(tmp_path / "320" / "hf")) == "bytes"
+    line = r"^checkpoint=.*hf: no tokenizer\.json beside the weights; allowed: tokenizer=PATH"
+    with pytest.raises(ConfigError, match=line):
+        tokenizer_of("checkpoint", str(tmp_path / "384" / "hf"), other="tokenizer")
 
 
 def test_an_existing_target_is_refused(tmp_path):
