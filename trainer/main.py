@@ -52,6 +52,7 @@ from trainer.upcycle import upcycle
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 FLAGS = {"--inspect": "inspect=true"}  # a word for what is a key like any other
+TAKEN = "model=init_from takes both sections as they are"
 
 
 def command(config_name: str, job: Callable[[dict[str, Any]], object]) -> None:
@@ -107,21 +108,23 @@ def quoted(path: str) -> str:
 
 
 def check_choices(arguments: list[str]) -> None:
-    """Raises ConfigError for `engine=null`, `eval=0` and the like, which are no names of choices,
-    and for changes to a model that is taken as it is.
+    """Raises ConfigError for `engine=null`, `eval=0` and the like, which are no names of choices.
 
     Hydra's own error would name no key, and `engine=[]` would leave the section out.
     """
-    for argument in arguments:
-        key, _, choice = argument.partition("=")
-        if key.lstrip("+~").startswith(("model.", "mixer.")) and "model=init_from" in arguments:
-            raise ConfigError(f"{argument}: model=init_from takes both sections as they are")
-        if not key.isidentifier() or not (CONF / key).is_dir():
-            continue
-        value = OverridesParser.create().parse_override(argument).value()
+    for argument, value in choices(arguments):
         if value is None or isinstance(value, bool | int | float | list):
+            key = argument.partition("=")[0]
             allowed = ", ".join(sorted(path.stem for path in (CONF / key).glob("*.yaml")))
-            raise ConfigError(f"{key}={choice}: unknown choice; allowed: {allowed}")
+            raise ConfigError(f"{argument}: unknown choice; allowed: {allowed}")
+
+
+def choices(arguments: list[str]) -> Iterator[tuple[str, Any]]:
+    """The arguments that choose a file of a group, each with the value that Hydra reads."""
+    for argument in arguments:
+        key = argument.partition("=")[0]
+        if key.isidentifier() and (CONF / key).is_dir():
+            yield argument, OverridesParser.create().parse_override(argument).value()
 
 
 @contextlib.contextmanager
@@ -206,11 +209,25 @@ def train(config: dict[str, Any]) -> None:
 
 
 def with_model(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with the model of init_from, if the command line asks for that."""
-    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    """The configuration with the model of init_from, if that is the choice, whoever made it.
+
+    Raises ConfigError where the command line changes such a model.
+    """
+    words: list[str] = []
+    if HydraConfig.initialized():
+        hydra_config = HydraConfig.get()
+        words = hydra_config.overrides.task
+        if hydra_config.runtime.choices.get("model") == "init_from":
+            for word in filter(changes_model, words):
+                raise ConfigError(f"{word}: {TAKEN}")
     given = {override.partition("=")[0] for override in words}
     named = config["data"]["source"] == "store" or "data.tokenizer" in given
     return take_model(config, tokenizer_given=named)
+
+
+def changes_model(override: str) -> bool:
+    """Whether it sets what is in the sections `model` and `mixer`."""
+    return override.lstrip("+~").startswith(("model.", "mixer"))
 
 
 def choose_run_dir(config: dict[str, Any]) -> Path:
@@ -323,18 +340,27 @@ def explain(error: Exception, config_name: str) -> str:
     if lines and lines[0].startswith("Could not override"):
         key = lines[0].split("'")[1]
         value = next((a.partition("=")[2] for a in sys.argv if a.startswith(f"{key}=")), "")
-        allowed = ", ".join(siblings(key, config_name)) or "see --help"
+        config = chosen(config_name)
+        if config.get("model") == "init_from" and changes_model(key):
+            return f"{key}={value}: {TAKEN}"
+        allowed = ", ".join(siblings(key, config)) or "see --help"
         return f"{key}={value}: unknown key; allowed: {allowed}"
     return "; ".join(lines)
 
 
-def siblings(key: str, config_name: str) -> list[str]:
-    """The keys beside `key`, or beside the nearest of its parents that exists."""
+def chosen(config_name: str) -> dict[str, Any]:
+    """The configuration of this command line's choices, with no value changed."""
+    words = [word for word, value in choices(sys.argv[1:]) if isinstance(value, str)]
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base=None):
-        config = OmegaConf.to_container(hydra.compose(config_name))
-    section: Any = config
-    path = ""
+        config = OmegaConf.to_container(hydra.compose(config_name, words))
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}
+
+
+def siblings(key: str, config: dict[str, Any]) -> list[str]:
+    """The keys beside `key`, or beside the nearest of its parents that exists."""
+    section, path = config, ""
     for name in key.split(".")[:-1]:
         if not isinstance(section.get(name), dict):
             break

@@ -85,6 +85,20 @@ def test_a_model_that_cannot_be_taken_is_one_line(train, arguments, line):
     assert code == 2 and len(errors) == 1 and errors[0].startswith(f"error: {line}")
 
 
+@pytest.mark.parametrize(
+    "word", ["mixer.gqa.window=16", "model.tie_embeddings=false", "+model.window=16", "mixer={}"]
+)
+def test_nor_is_it_changed_where_an_experiment_takes_it(train, word):
+    code, _, errors = train("experiment=zebra_llama_ild", "objective.teacher=x", word)
+    assert (code, errors) == (2, [f"error: {word}: {main.TAKEN}"])
+
+
+def test_keys_that_are_named_are_those_of_what_was_chosen(train):
+    code, _, errors = train("objective=kd", "objective.teacher=x", "objective.ce=1")
+    assert code == 2
+    assert errors[0].startswith("error: objective.ce=1: unknown key; allowed: objective.teacher, ")
+
+
 def test_wandb_keeps_its_run_over_resumptions(train, tmp_path):
     folder = tmp_path / "run"
     for steps in (1, 2):
