@@ -48,11 +48,10 @@ from trainer.heap import keep_heap
 from trainer.loader import Loader
 from trainer.loop import Trainer
 from trainer.metrics import peak_flops
-from trainer.profiling import Profiling
 from trainer.resume import check_resumable
 from trainer.settings import Evaluation, Numerics, Parallelism, Saving, Settings, Setup
 from trainer.sharder import Sharder
-from trainer.sinks import build_sinks
+from trainer.sinks import build_sinks, check_sinks
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +180,7 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
     saving: Saving = call(Saving, config["checkpoint"], "checkpoint")
     evaluation: Evaluation = call(Evaluation, config["eval"], "eval")
     parallelism: Parallelism = call(Parallelism, config["parallel"], "parallel")
-    profiling: Profiling = call(Profiling, settings.profile, "trainer.profile")
+    check_sinks(config, mesh, run_dir)
     kept = settings.keep_heap and keep_heap()
     numerics = Numerics.choose(settings.precision, mesh.device)
     share: dict[str, Any] = {
@@ -250,7 +249,7 @@ def build_trainer(config: Config, *, mesh: Mesh, run_dir: Path) -> Trainer:
     if mesh.main and isinstance(stream, TrainStream):
         for line in describe(stream, row_cost(blueprint), sharder):
             log.info(line)
-    trainer.sinks = build_sinks(trainer, config, profiling, run_dir)
+    trainer.sinks = build_sinks(trainer, config, run_dir)
     return trainer
 
 

@@ -4,20 +4,34 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from parallel.mesh import Mesh
 from trainer.console import Console
 from trainer.construct import call
 from trainer.loop import Sink, Trainer
 from trainer.metrics import MetricsFile
 from trainer.profiling import Profiling, StepProfiler
 from trainer.settings import Logging
-from trainer.trackers import Spared, TensorBoard, Wandb
+from trainer.trackers import Spared, TensorBoard, Wandb, check_wandb_login
+
+Config = Mapping[str, Any]
 
 
-def build_sinks(
-    trainer: Trainer, config: Mapping[str, Any], profiling: Profiling, run_dir: Path
-) -> list[Sink]:
+def sections(config: Config) -> tuple[Logging, Profiling]:
+    """`logging` and `trainer.profile`. Raises ConfigError."""
+    profiling: Profiling = call(Profiling, config["trainer"]["profile"], "trainer.profile")
+    return call(Logging, config["logging"], "logging"), profiling
+
+
+def check_sinks(config: Config, mesh: Mesh, run_dir: Path) -> None:
+    """Raises ConfigError for what `build_sinks` would refuse when all else of a run is there."""
+    wanted, _ = sections(config)
+    if mesh.main and wanted.wandb == "online":
+        check_wandb_login(run_dir)
+
+
+def build_sinks(trainer: Trainer, config: Config, run_dir: Path) -> list[Sink]:
     """Files, trackers and console of the main process; profiles on the ranks that write one."""
-    wanted: Logging = call(Logging, config["logging"], "logging")
+    wanted, profiling = sections(config)
     rank, done, sinks = trainer.mesh.rank, trainer.step, list[Sink]()
     if trainer.mesh.main:
         sinks.append(MetricsFile(run_dir / "metrics.jsonl", last_step=done))

@@ -1,17 +1,22 @@
 """What shows a run to people elsewhere: tensorboard and wandb, without which it can go on."""
 
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
+from trainer.errors import ConfigError
 from trainer.metrics import Record
+from trainer.run_folder import write_whole
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger(__name__)
+
+_WANDB_ID = "wandb_id"  # in the run folder
 
 
 class Spared:
@@ -77,7 +82,11 @@ class TensorBoard:
 
 
 class Wandb:
-    """One wandb run over all resumptions: its id stands in the run folder."""
+    """One wandb run over all starts: its id stands in the run folder.
+
+    Charts are over "step", for wandb's own count cannot go back where the run does. A run that was
+    shown before and cannot be reached goes on offline; one that is new raises ConfigError.
+    """
 
     def __init__(
         self,
@@ -89,28 +98,69 @@ class Wandb:
     ) -> None:
         import wandb
 
-        id_file = run_dir / "wandb_id"
-        if not id_file.exists():
-            id_file.write_text(uuid4().hex[:8])
-        self._run = wandb.init(
-            id=id_file.read_text().strip(),
+        known = _wandb_id(run_dir)
+        own = known or uuid4().hex[:8]
+        start = functools.partial(
+            wandb.init,
+            id=own,
             resume="allow",
-            mode=mode,
             project=project,
             name=run_dir.name,
             dir=run_dir,
             config=dict(config),
         )
+        try:
+            self._run = start(mode=mode)
+        except wandb.Error as error:
+            if not known:
+                raise _refusal(mode, error) from error
+            log.warning("%s; offline until the next start", _line(mode, error))
+            wandb.teardown()  # which holds the id
+            self._run = start(mode="offline")
+        if not known:
+            write_whole(run_dir / _WANDB_ID, own)
+        self._run.define_metric("*", step_metric="step")
+        self._row = self._run.step  # of wandb, the next one
 
     def log(self, record: Record) -> None:
         step = int(record["step"] or 0)
-        values = {k: v for k, v in record.items() if k != "step" and v is not None}
-        self._run.log(values, step=step)
+        self._log(step, {k: v for k, v in record.items() if v is not None})
+        self._row = max(step, self._row) + 1
 
     def show(self, name: str, picture: Path, step: int) -> None:
         import wandb
 
-        self._run.log({name: wandb.Image(str(picture))}, step=step)
+        self._log(step, {"step": step, name: wandb.Image(str(picture))})
 
     def close(self) -> None:
         self._run.finish()
+
+    def _log(self, step: int, values: dict[str, Any]) -> None:
+        self._run.log(values, step=max(step, self._row))
+
+
+def check_wandb_login(run_dir: Path) -> None:
+    """Raises ConfigError for a run that is new and has no key or no connection, see `Wandb`."""
+    import wandb
+
+    if _wandb_id(run_dir):
+        return
+    try:
+        wandb.login(verify=True)
+    except wandb.Error as error:
+        raise _refusal("online", error) from error
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """Empty for a run that is new to wandb."""
+    file = run_dir / _WANDB_ID
+    return file.read_text().strip() if file.exists() else ""
+
+
+def _line(mode: str, error: Exception) -> str:
+    return f"logging.wandb={mode}: {' '.join(str(error).split()).rstrip('.')}"
+
+
+def _refusal(mode: str, error: Exception) -> ConfigError:
+    allowed = "off, offline, or online behind `wandb login`"
+    return ConfigError(f"{_line(mode, error)}; allowed: {allowed}")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import wandb
 import yaml
 
 from tests.models.build import compose
@@ -106,6 +107,16 @@ def test_wandb_keeps_its_run_over_resumptions(train, tmp_path):
         assert train(*overrides(tmp_path, *QUICK, *more))[0] == 0
     runs = list((folder / "wandb").glob("offline-run-*"))
     assert {path.name.rsplit("-", 1)[1] for path in runs} == {(folder / "wandb_id").read_text()}
+
+
+def test_wandb_without_a_key_is_told_before_anything_is_built(train, tmp_path, monkeypatch):
+    def login(verify: bool) -> None:
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "login", login)
+    code, out, errors = train(*overrides(tmp_path, *QUICK, "logging.wandb=online"))
+    assert (code, out) == (2, "") and len(errors) == 1
+    assert errors[0].startswith("error: logging.wandb=online: No API key configured; allowed: off")
 
 
 @pytest.mark.parametrize("run_dir", [[], ["run_dir=runs/sweep"]])
