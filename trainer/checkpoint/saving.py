@@ -22,11 +22,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Save:
-    """side: this rank's further files, by name; figures: of the evaluation at this step, if any."""
+    """side: this rank's further files, by name; figures: of the evaluation at this step, if any;
+    origin: the path of `resume` that the run began at, if it did at one."""
 
     step: int
     side: Mapping[str, bytes]
     figures: Figures
+    origin: str | None
 
     def run(self, state: State, folder: CheckpointFolder, ranks: Ranks, keep: Keep) -> Path:
         """-> the checkpoint, published and on disk. Collective.
@@ -56,7 +58,7 @@ class Save:
     def _publish(self, folder: CheckpointFolder, files: Files, ranks: Ranks) -> Path:
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         facts = {"ranks": ranks.count, "figures": dict(self.figures), "versions": versions}
-        folder.seal(self.step, files, **facts)
+        folder.seal(self.step, files, origin=self.origin, **facts)
         path = folder.publish(self.step)
         folder.point(path)
         return path

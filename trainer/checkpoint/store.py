@@ -56,6 +56,7 @@ class CheckpointStore:
         self._ranks = Ranks(group)
         self._shares = Shares(self._ranks)
         self._buffers = HostBuffers()
+        self._origin: str | None = None  # see `Save`
         self._saving: Future[Path] | None = None
         self._staged = threading.Event()
         self._staged.set()
@@ -86,7 +87,8 @@ class CheckpointStore:
         self._buffers.mark()
         self._staged.clear()
         self._saving = Future()
-        work = (Save(step=step, side=side, figures=figures or {}), state, self._saving)
+        save = Save(step=step, side=side, figures=figures or {}, origin=self._origin)
+        work = (save, state, self._saving)
         if self.background:
             # A daemon, as it waits for other ranks: where one is lost the process has to end.
             threading.Thread(target=self._run, args=work, daemon=True).start()
@@ -127,31 +129,13 @@ class CheckpointStore:
         """The checkpoint to go on from, its files verified; None to start afresh.
 
         resume: "auto", the newest whole one here that the run did not go back behind, None if
-        there are none at all; "none"; or the path of a checkpoint or of a run folder. Raises
-        ConfigError if it leads to nothing whole.
+        there are none at all; "none"; or the path of a checkpoint or of a run folder, unless what
+        is saved here began there: then as "auto". Raises ConfigError if it leads to nothing whole.
         """
         self.drain()
         if resume == "none":
             return None
-        if resume == "auto":
-            newest, faults = self._newest(self._files)
-            if newest is None and faults:  # a fresh start would replace them, one by one
-                raise ConfigError(
-                    f"{self.folder} holds checkpoints, none of them whole (the newest: "
-                    f"{faults[0]}); allowed: to repair them or move them away, another run_dir"
-                )
-            return newest
-        path = Path(resume).expanduser()
-        if STEP.fullmatch(path.name):
-            self._verify(path)
-            return path
-        newest, _ = self._newest(CheckpointFolder(path / "checkpoints"))
-        if newest is None:
-            raise ConfigError(
-                f"resume={resume}: no complete checkpoint there; allowed: auto, none, the path of "
-                "a checkpoint step_00000100 or of a run_dir that has one"
-            )
-        return newest
+        return self._auto() if resume == "auto" else self._from(resume)
 
     def newest(self, *, last_step: float = math.inf) -> Path | None:
         """The newest whole one at `last_step` or before that the run did not go back behind."""
@@ -193,16 +177,49 @@ class CheckpointStore:
         self._ranks.together(copy)
         return copies[0]
 
+    def _auto(self) -> Path | None:
+        newest, faults = self._newest(self._files)
+        if newest is None and faults:  # a fresh start would replace them, one by one
+            raise ConfigError(
+                f"{self.folder} holds checkpoints, none of them whole (the newest: {faults[0]}); "
+                "allowed: to repair them or move them away, another run_dir"
+            )
+        self._origin = None if newest is None else self._origin_of(newest)
+        return newest
+
+    def _from(self, resume: str) -> Path:
+        path = Path(resume).expanduser()
+        self._origin = self._ranks.first(lambda: str(path.absolute()))
+        own, _ = self._newest(self._files, origin=self._origin)
+        if own is not None:
+            log.info("resume=%s has gone on since; another run_dir starts there again", resume)
+            return own
+        if STEP.fullmatch(path.name):
+            self._verify(path)
+            return path
+        newest, _ = self._newest(CheckpointFolder(path / "checkpoints"))
+        if newest is None:
+            raise ConfigError(
+                f"resume={resume}: no complete checkpoint there; allowed: auto, none, the path of "
+                "a checkpoint step_00000100 or of a run_dir that has one"
+            )
+        return newest
+
     def _newest(
-        self, files: CheckpointFolder, last_step: float = math.inf
+        self, files: CheckpointFolder, last_step: float = math.inf, *, origin: str | None = None
     ) -> tuple[Path | None, list[str]]:
-        """The newest whole one, and what is wrong with each that is newer."""
+        """The newest whole one, and what is wrong with each that is newer.
+
+        origin: none is looked for behind one of another.
+        """
         faults = []
         for step in self._ranks.first(files.candidates):
             path = files.checkpoint(step)
             if step > last_step:
                 continue
             try:
+                if origin is not None and self._origin_of(path) != origin:
+                    break
                 self._verify(path)
             except ConfigError as error:
                 log.warning("skipping checkpoint %s: %s", path.name, error)
@@ -210,6 +227,10 @@ class CheckpointStore:
             else:
                 return path, faults
         return None, faults
+
+    def _origin_of(self, path: Path) -> str | None:
+        """Checkpoints that are older than this fact have none."""
+        return self._ranks.first(lambda: read_manifest(path).get("origin"))
 
     def _verify(self, path: Path) -> None:
         """Raises ConfigError unless all files are as they were written; each rank reads a share."""

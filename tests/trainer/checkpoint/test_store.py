@@ -120,6 +120,35 @@ def test_a_path_may_be_a_checkpoint_or_a_run_folder(tmp_path):
         elsewhere.resolve(str(tmp_path / "nowhere"))
 
 
+def test_a_path_is_where_a_run_begins_and_not_where_it_goes_on(tmp_path, caplog):
+    caplog.set_level("INFO", logger="trainer")
+    path = save(CheckpointStore(tmp_path / "run" / "checkpoints"), 4)
+
+    def resolve(resume):
+        store = CheckpointStore(tmp_path / "checkpoints")
+        return store, store.resolve(str(resume))
+
+    save(resolve("auto")[0], 9)  # of a run that is given up
+    for _ in range(2):  # killed before its first save
+        store, taken = resolve(path)
+        assert taken == path
+    first = save(store, 6)
+    assert resolve(path)[1] == first
+    line = f"resume={path} has gone on since; another run_dir starts there again"
+    assert caplog.messages[-1] == line
+    second = save(resolve("auto")[0], 8)
+    assert resolve(path)[1] == second
+    flip(second / "progress.json")
+    assert resolve(path)[1] == first
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert resolve(path)[1] == first
+    moved = tmp_path / "moved" / "checkpoints" / path.name
+    assert resolve(moved)[1] == moved  # another start
+    flip(first / "progress.json")
+    with pytest.raises(ConfigError, match=r"is incomplete"):
+        resolve(path)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
