@@ -9,7 +9,7 @@ Shapes are [batch, seq, heads, dim]; `seq` is always local to this rank.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -156,6 +156,19 @@ class SequenceInfo:
         return SequenceInfo(
             self.index[one], self.positions[one], self.valid[one], self.fragments[one]
         )
+
+    def first(self, length: int) -> "SequenceInfo":
+        """The first `length` tokens of every row; a document that reaches further is cut."""
+        rows = []
+        for row in self.fragments:
+            kept, left = [], length
+            for fragment in row:
+                if left > 0:
+                    kept.append(replace(fragment, length=min(fragment.length, left)))
+                left -= fragment.length
+            rows.append(tuple(kept))
+        index, positions, valid = (x[:, :length] for x in (self.index, self.positions, self.valid))
+        return SequenceInfo(index, positions, valid, tuple(rows))
 
 
 class SequenceOp(nn.Module, ABC):

@@ -43,3 +43,14 @@ def test_history_ends_with_the_last_token():
 def test_history_of_anything_else_is_refused(info, length):
     with pytest.raises(ValueError, match="one document in every row"):
         info.history(length)
+
+
+def test_the_first_tokens_of_rows():
+    info = SequenceInfo.from_lengths([[3, 5], [6, 1]], padding=[0, 1])
+    for length in range(1, 9):
+        first = info.first(length)
+        again = SequenceInfo.from_fragments(first.fragments)
+        assert first.shape == (2, length)
+        for key in ("index", "positions", "valid"):
+            cut = getattr(info, key)[:, :length].tolist()
+            assert getattr(first, key).tolist() == getattr(again, key).tolist() == cut

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from models.checkpoints.config import layer_mixers
+from models.convert.measure import Row
 from models.ops.select import Ops
 from models.sequence import SequenceInfo
 from tests.models.build import compose, randomise
@@ -27,6 +28,7 @@ from trainer.checkpoint.weights import open_weights
 from trainer.errors import ConfigError
 from trainer.load import load_model
 from trainer.main import convert
+from trainer.upcycle import conversion, teacher
 
 SIZES = {
     "vocab_size": 320,
@@ -115,6 +117,25 @@ def test_full_latent_attention_is_the_source(place, name, capsys):
         printed = capsys.readouterr()
         assert printed.out.splitlines()[-1] == str(folder)
         assert "layer  mixer     behind" in printed.err
+
+
+def test_rows_are_measured_up_to_a_number_of_tokens(place, monkeypatch):
+    """Which need not be whole: the tokens before it tell all of a token."""
+    measured = []
+
+    class Watched(Row):
+        def seen(self):
+            measured.append(len(self.x))
+            return super().seen()
+
+    monkeypatch.setattr(teacher, "MEASURED_TOKENS", 100)
+    monkeypatch.setattr(conversion, "Row", Watched)
+    sizes = ["recipe.kv_rank=full", "recipe.rope_dim=full"]
+    folder = run(place, "llama", "measured", "transmla", *sizes)
+    assert sum(measured) == 3 * 100 and max(measured) <= 64
+    for layer in report(folder):
+        assert all(step["scores"] < 1e-12 for step in layer["steps"])
+        assert layer["outputs"] < 1e-11
 
 
 @pytest.mark.parametrize(("name", "q_rank"), [("llama", "null"), ("qwen2", "40")])

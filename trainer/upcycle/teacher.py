@@ -17,7 +17,7 @@ from trainer.batch import Batch
 from trainer.build import build_model
 from trainer.checkpoint.weights import WeightSource
 
-MEASURED_TOKENS = 4096  # at most; scores are squares of what lies in a row
+MEASURED_TOKENS = 4096  # of all rows, the last one cut; scores are squares of what lies in a row
 
 
 @dataclass
@@ -25,7 +25,8 @@ class Observed:
     """What the mixer of a layer saw and gave.
 
     moment: [d_model + 1, d_model + 1], the mean of x x^T over the inputs x with a one behind them,
-    in fp64; None without data. rows: inputs and outputs [1, S, d_model], MEASURED_TOKENS in all.
+    in fp64; None without data. rows: inputs and outputs [1, S, d_model], at most MEASURED_TOKENS in
+    all.
     """
 
     moment: Tensor | None = None
@@ -70,7 +71,7 @@ class Teacher:
             caught.clear()
             ones = F.pad(x[info.valid].double(), (0, 1), value=1.0)
             seen.moment = seen.moment + ones.T @ ones / tokens
-            left -= x.shape[1]
-            if i == 0 or left >= 0:
-                seen.rows.append((x, output, info))
+            if kept := min(left, x.shape[1]):
+                seen.rows.append((x[:, :kept], output[:, :kept], info.first(kept)))
+            left -= kept
         return seen
