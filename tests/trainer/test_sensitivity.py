@@ -170,4 +170,4 @@ def test_bad_input_is_one_line(run, folder):
         f"target={folder / 'none.json'}": "none.json: no results of layers; allowed: a new file",
         "data.eval_fraction=0": "data.eval_fraction: no document is held out; allowed: a larger",
     }.items():
-        assert line in run(change, code=2), change
+        assert line in run(change, "data.tokenizer=bytes", code=2), change
