@@ -60,7 +60,8 @@ def command(config_name: str, job: Callable[[dict[str, Any]], object]) -> None:
     end_with_launcher()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, instead of printing and exiting with 1
     register_groups()
-    sys.argv[1:] = [verbatim(FLAGS.get(argument, argument)) for argument in sys.argv[1:]]
+    words = [verbatim(FLAGS.get(argument, argument)) for argument in sys.argv[1:]]
+    sys.argv[1:] = sorted(words, key=is_change)  # argparse takes those in one run only
 
     @hydra.main(version_base=None, config_path=str(CONF), config_name=config_name)
     def run(config: DictConfig) -> None:
@@ -90,6 +91,11 @@ def register_groups() -> None:
         names = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
         defaults = [{f"{group}@{group}.{name}": name} for name in names]
         ConfigStore.instance().store(name=made, node={"defaults": defaults})
+
+
+def is_change(word: str) -> bool:
+    """Whether a word of the command line is key=value or ~key, and no flag or a flag's value."""
+    return word.startswith("~") or ("=" in word and not word.startswith("-"))
 
 
 def verbatim(argument: str) -> str:
@@ -198,7 +204,7 @@ def train(config: dict[str, Any]) -> None:
         trainer.signals, trainer.beat = signals, watchdog.beat
         if mesh.main:
             write_whole(run_dir / "config.yaml", trainer.config)
-        if trainer.run() is None and trainer.step == trainer.steps:
+        if trainer.run() is None and trainer.step >= trainer.steps:
             log.info("nothing to do: trainer.steps=%d is reached", trainer.steps)
         early = trainer.step < trainer.steps
         status.ends(step=trainer.step)
