@@ -1,19 +1,23 @@
 """The folder of a run: one live run at a time holds it, and its outcome is left there."""
 
 import contextlib
-import fcntl
 import json
+import logging
 import os
 import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from parallel.collectives import LostRankError, barrier
 from parallel.mesh import Mesh
 from parallel.watchdog import Watchdog
 from trainer.checkpoint.ranks import Ranks
 from trainer.errors import ConfigError
+from trainer.locks import NoLocksError, try_lock
+
+log = logging.getLogger(__name__)
 
 LOCK_SECONDS = 30.0  # time for the run before a restart to end
 SIGHT_SECONDS = 10.0  # network file systems show late what another machine wrote
@@ -24,7 +28,8 @@ _TAIL = 8192  # bytes that hold a line of metrics.jsonl
 def hold(run_dir: Path, *, wait: float = LOCK_SECONDS) -> Iterator[None]:
     """Holds the lock of the folder, which the kernel drops with the process, however it ends.
 
-    Raises ConfigError, saying who holds it, if another run still does after `wait` seconds.
+    Raises ConfigError, saying who holds it, if another run still does after `wait` seconds. Where
+    the file system has no locks, a warning is all.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -32,17 +37,28 @@ def hold(run_dir: Path, *, wait: float = LOCK_SECONDS) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"run_dir={run_dir}: cannot be written ({error.strerror})") from error
     with lock:
-        deadline = time.monotonic() + wait
-        while not _try_lock(lock.fileno()):
-            if time.monotonic() > deadline:
-                lock.seek(0)
-                holder = lock.read().strip() or "another run"
-                raise ConfigError(f"run_dir={run_dir}: held by {holder}; allowed: a free folder")
-            time.sleep(0.2)
+        try:
+            _await_lock(lock, run_dir, wait)
+        except NoLocksError as error:
+            log.warning(
+                "run_dir=%s cannot be locked (%s): two runs in it would overwrite each other",
+                run_dir,
+                error,
+            )
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {os.uname().nodename}")
         lock.flush()
         yield
+
+
+def _await_lock(lock: IO[str], run_dir: Path, wait: float) -> None:
+    deadline = time.monotonic() + wait
+    while not try_lock(lock):
+        if time.monotonic() > deadline:
+            lock.seek(0)
+            holder = lock.read().strip() or "another run"
+            raise ConfigError(f"run_dir={run_dir}: held by {holder}; allowed: a free folder")
+        time.sleep(0.2)
 
 
 class Status:
@@ -157,14 +173,6 @@ def _last_step(run_dir: Path) -> int:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             return int(json.loads(line)["step"])
     return 0
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -1,5 +1,7 @@
 """A folder belongs to one live run, which leaves its outcome there."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -103,6 +105,20 @@ def test_a_run_that_ended_without_a_word_is_told(tmp_path):
         assert (first.left, second.left) == ("", "")
         who = f"process {os.getpid()} on {os.uname().nodename}, behind step 2"
         assert third.left == f"the run before ended without a word: {who}"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_where_there_are_no_locks_a_warning_is_all(tmp_path, monkeypatch, caplog, number):
+    reason = os.strerror(number)
+
+    def refuse(*args):
+        raise OSError(number, reason)
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with hold(tmp_path, wait=0), hold(tmp_path, wait=0):
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+    why = f"cannot be locked ({reason}): two runs in it would overwrite each other"
+    assert caplog.messages == [f"run_dir={tmp_path} {why}"] * 2
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

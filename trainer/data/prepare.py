@@ -5,6 +5,7 @@ starts with a dot until the store is published, so a run that was killed goes on
 """
 
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -26,6 +27,8 @@ from trainer.data.store import FORMAT, TokenStore
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 from trainer.signals import end_with_parent, ignore_stop_signals
+
+log = logging.getLogger(__name__)
 
 UNIT_BYTES = 2**26  # of source: the size of shards, and the most that a killed process loses
 
@@ -72,12 +75,15 @@ def prepare(
     """The store at `folder`, prepared first if nothing is there.
 
     Any number of processes may call at once: one of a machine prepares, the others wait for its
-    file lock. work: a folder beside `folder` for what is unfinished; place: the key that says where
-    to write. Raises ConfigError.
+    file lock; where there are none each prepares, and the first wins. work: a folder beside
+    `folder` for what is unfinished; place: the key that says where to write. Raises ConfigError.
     """
     try:
-        with locked(folder, minutes=way.wait_minutes):
+        with locked(folder, minutes=way.wait_minutes) as held:
             if not folder.exists():
+                if not held:
+                    work = work.with_name(f"{work.name}.{os.getpid()}")
+                    log.warning("%s cannot be locked: each process prepares it by itself", folder)
                 _prepare(source, tokenizer, folder, work, way)
     except OSError as error:
         name = error.filename or work

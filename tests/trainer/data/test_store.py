@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -162,7 +164,14 @@ def _open_hash(folder, hashes):
     hashes.put(open_text(folder).hash)
 
 
-def test_processes_may_build_at_once(folder):
+def _refuse_lock(*args):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_processes_may_build_at_once(folder, monkeypatch, locks):
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", _refuse_lock)
     context = multiprocessing.get_context("fork")  # quick, and safe: the children run no tensors
     hashes = context.Queue()
     processes = [context.Process(target=_open_hash, args=(folder, hashes)) for _ in range(4)]
