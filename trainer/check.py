@@ -27,7 +27,8 @@ from trainer.data.stream import check_shares
 from trainer.data.tokenizer import build_tokenizer
 from trainer.errors import ConfigError, naming
 from trainer.evals.build import build_tasks
-from trainer.settings import Evaluation, Logging, Parallelism, Saving, Settings, Start
+from trainer.settings import Evaluation, Parallelism, Saving, Settings, Start
+from trainer.sinks import sections
 
 Config = Mapping[str, Any]
 
@@ -40,8 +41,9 @@ def check_run(config: Config, *, nodes: int, node_ranks: int, files: bool) -> No
     """
     call(Start, {key: config[key] for key in ("run_dir", "resume", "init_from")}, "")
     settings: Settings = call(Settings, config["trainer"], "trainer")
-    for section, kind in (("checkpoint", Saving), ("eval", Evaluation), ("logging", Logging)):
+    for section, kind in (("checkpoint", Saving), ("eval", Evaluation)):
         call(kind, config[section], section)
+    sections(config, nodes * node_ranks)
     planned = not config["data"]["streaming"]
     build_tasks(config["eval"]["tasks"], config["tasks"], planned=planned)
     mesh, parallelism = _planned_mesh(config, nodes * node_ranks, node_ranks)

@@ -7,6 +7,7 @@ from typing import Any
 from parallel.mesh import Mesh
 from trainer.console import Console
 from trainer.construct import call
+from trainer.errors import ConfigError
 from trainer.loop import Sink, Trainer
 from trainer.metrics import MetricsFile
 from trainer.profiling import Profiling, StepProfiler
@@ -16,22 +17,27 @@ from trainer.trackers import Spared, TensorBoard, Wandb, check_wandb_login
 Config = Mapping[str, Any]
 
 
-def sections(config: Config) -> tuple[Logging, Profiling]:
-    """`logging` and `trainer.profile`. Raises ConfigError."""
+def sections(config: Config, ranks: int) -> tuple[Logging, Profiling]:
+    """`logging` and `trainer.profile` of a run on so many ranks. Raises ConfigError."""
     profiling: Profiling = call(Profiling, config["trainer"]["profile"], "trainer.profile")
+    if any(not 0 <= rank < ranks for rank in profiling.ranks):
+        raise ConfigError(
+            f"trainer.profile.ranks={profiling.ranks}: the run has {ranks}; "
+            f"allowed: 0 to {ranks - 1}"
+        )
     return call(Logging, config["logging"], "logging"), profiling
 
 
 def check_sinks(config: Config, mesh: Mesh, run_dir: Path) -> None:
     """Raises ConfigError for what `build_sinks` would refuse when all else of a run is there."""
-    wanted, _ = sections(config)
+    wanted, _ = sections(config, mesh.ranks)
     if mesh.main and wanted.wandb == "online":
         check_wandb_login(run_dir)
 
 
 def build_sinks(trainer: Trainer, config: Config, run_dir: Path) -> list[Sink]:
     """Files, trackers and console of the main process; profiles on the ranks that write one."""
-    wanted, profiling = sections(config)
+    wanted, profiling = sections(config, trainer.mesh.ranks)
     rank, done, sinks = trainer.mesh.rank, trainer.step, list[Sink]()
     if trainer.mesh.main:
         sinks.append(MetricsFile(run_dir / "metrics.jsonl", last_step=done))

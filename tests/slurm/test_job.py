@@ -190,6 +190,7 @@ def test_bad_input_is_one_line_and_exit_code_2(submit, slurm, argument, line):
             "value: cluster.container",
         ),
         ("trainer.steps=0", "trainer.steps is 0; allowed: 1 or more"),
+        ("nodes=2 trainer.profile.ranks=[2]", "trainer.profile.ranks=[2]: the run has 2; allowed"),
         ("nodes=3 gpus_per_node=2", "data.batch_size=4: must be a multiple of 6 data ranks x "),
         ("nodes=2 parallel=ring parallel.cp=3", "parallel.cp is 3; allowed: a divisor of the"),
         ("nodes=4 parallel=ulysses", "mixer.kda.num_heads=2: 4 ranks share the heads; allowed: "),
