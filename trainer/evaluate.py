@@ -87,7 +87,7 @@ def run_task(
     for source, own in benches(task, made, bench).items():
         result = made.run(own)
         if output is not None and result.draw is not None and mesh.main:
-            path = Path(output).expanduser() / f"{joined(task, source)}.png"
+            path = Path(output) / f"{joined(task, source)}.png"
             if draw(result, path):
                 log.info("picture in %s", path)
         cells = {"cells": [finite(cell) for cell in result.cells]} if result.cells else {}

@@ -99,12 +99,14 @@ def is_change(word: str) -> bool:
 
 
 def verbatim(argument: str) -> str:
-    """`prompt=TEXT` quoted, for Hydra would strip its blanks, read numbers and refuse most code."""
+    """`prompt=TEXT` and `key=~/PATH` quoted, for Hydra would strip blanks, read numbers, and refuse
+    most code and every ~."""
     key, _, text = argument.partition("=")
-    if key != "prompt":
+    if key == "prompt":
+        text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # no interpolation
+    elif not re.fullmatch("~/[^,]*", text):  # commas are a sweep's
         return argument
-    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # no interpolation
-    return f"prompt={QuotedString(text, Quote.single).with_quotes()}"
+    return f"{key}={QuotedString(text, Quote.single).with_quotes()}"
 
 
 def quoted(path: str) -> str:
@@ -165,10 +167,26 @@ def job_folder() -> str:
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
-    """The configuration as resolved dicts and lists; raises OmegaConf's errors."""
+    """The configuration as resolved dicts and lists; raises OmegaConf's errors.
+
+    What starts with ~/ is a path in the user's home, but for `prompt`, which is text.
+    """
     resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(resolved, dict)
-    return {str(key): value for key, value in resolved.items()}
+    return {
+        str(key): value if key == "prompt" else expand_home(value)
+        for key, value in resolved.items()
+    }
+
+
+def expand_home(value: Any) -> Any:
+    """Of a configuration, in every value."""
+    if isinstance(value, dict):
+        return {key: expand_home(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [expand_home(item) for item in value]
+    is_path = isinstance(value, str) and value.startswith("~/")
+    return str(Path(value).expanduser()) if is_path else value
 
 
 def train(config: dict[str, Any]) -> None:

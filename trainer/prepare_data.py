@@ -39,7 +39,7 @@ def prepare_or_inspect(
         raise ConfigError(f"samples={samples}: must be at least 0")
     if verify and not inspect:
         raise ConfigError("verify=true: allowed with inspect=true")
-    folder = Path(output).expanduser().absolute()
+    folder = Path(output).absolute()
     if not inspect:
         store = _prepare(data, folder, Way(workers=workers, unit_bytes=shard_mb * 10**6))
         yield f"{folder}: {len(store):,} documents, {store.tokens:,} tokens"

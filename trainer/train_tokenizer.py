@@ -49,7 +49,7 @@ def write_tokenizer(
         )
     if max_mb is not None and max_mb < 1:
         raise ConfigError(f"max_mb={max_mb}: must be at least 1, or null")
-    folder = Path(output).expanduser()
+    folder = Path(output)
     if folder.exists():
         raise ConfigError(f"output={output}: it exists; allowed: a new folder")
     source = locate(**{key: data[key] for key in PLACE})

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import wandb
 import yaml
+from omegaconf import OmegaConf
 
 from tests.models.build import compose
 from tests.trainer.tiny import QUICK, overrides
@@ -170,6 +171,7 @@ def test_bad_input_is_one_line_and_exit_code_2(train, tmp_path, argument, line):
         ("trainer.lost_rank_seconds=1", "trainer.lost_rank_seconds is 1; allowed: 2 or more"),
         ("trainer.hang_minutes=0", "trainer.hang_minutes is 0; allowed: above 0, or null"),
         ("trainer.profile.steps=[3,2]", "trainer.profile.steps is [3, 2]; allowed: [first, last]"),
+        ("trainer.profile.ranks=[0,1]", "trainer.profile.ranks=[0, 1]: the run has 1; allowed: 0 "),
         ("trainer.router_bias_rate=-1", "trainer.router_bias_rate is -1; allowed: 0 or more"),
         ("checkpoint.keep_every=-1", "checkpoint.keep_every is -1; allowed: 0 or more"),
         ("checkpoint.background=1", "checkpoint.background=1: allowed: bool"),
@@ -234,6 +236,15 @@ def test_bad_values_are_too(tmp_path, monkeypatch, capfd, argument, line):
     errors = capfd.readouterr().err.splitlines()
     assert stop.value.code == 2
     assert len(errors) == 1 and errors[0].startswith(f"error: {line}"), errors
+
+
+def test_a_home_folder_is_found_in_every_value_but_a_prompt(train, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    words = ["objective=kd", "objective.teacher=~/t", "model=init_from", "init_from=~/a b"]
+    code, _, errors = train(*words, "run_dir='~/x'")
+    assert code == 2 and errors[0].startswith("error: init_from=/home/me/a b: no weights in /home")
+    listed = OmegaConf.create({"eval": {"tasks": ["~/y", "a~/y", 3]}, "prompt": "~/z"})
+    assert main.plain(listed) == {"eval": {"tasks": ["/home/me/y", "a~/y", 3]}, "prompt": "~/z"}
 
 
 def test_a_run_that_fails_says_why_and_exits_with_1(train, tmp_path):

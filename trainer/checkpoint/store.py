@@ -188,7 +188,7 @@ class CheckpointStore:
         return newest
 
     def _from(self, resume: str) -> Path:
-        path = Path(resume).expanduser()
+        path = Path(resume)
         self._origin = self._ranks.first(lambda: str(path.absolute()))
         own, _ = self._newest(self._files, origin=self._origin)
         if own is not None:
