@@ -182,7 +182,7 @@ class CheckpointStore:
         if newest is None and faults:  # a fresh start would replace them, one by one
             raise ConfigError(
                 f"{self.folder} holds checkpoints, none of them whole (the newest: {faults[0]}); "
-                "allowed: to repair them or move them away, another run_dir"
+                "allowed: to repair them or move them away, or another run_dir"
             )
         self._origin = None if newest is None else self._origin_of(newest)
         return newest
@@ -192,7 +192,8 @@ class CheckpointStore:
         self._origin = self._ranks.first(lambda: str(path.absolute()))
         own, _ = self._newest(self._files, origin=self._origin)
         if own is not None:
-            log.info("resume=%s has gone on since; another run_dir starts there again", resume)
+            line = "resume=%s: the run has gone on since; another run_dir starts there again"
+            log.info(line, resume)
             return own
         if STEP.fullmatch(path.name):
             self._verify(path)

@@ -134,7 +134,7 @@ def test_a_path_is_where_a_run_begins_and_not_where_it_goes_on(tmp_path, caplog)
         assert taken == path
     first = save(store, 6)
     assert resolve(path)[1] == first
-    line = f"resume={path} has gone on since; another run_dir starts there again"
+    line = f"resume={path}: the run has gone on since; another run_dir starts there again"
     assert caplog.messages[-1] == line
     second = save(resolve("auto")[0], 8)
     assert resolve(path)[1] == second
