@@ -172,11 +172,14 @@ class HybridLM(nn.Module):
     def set_rope(self, *, base: float | None = None, factor: float | None = None) -> None:
         """Of all rotary layers, for what follows; None: as each was made with.
 
-        Raises ValueError where one was made with frequencies of its own.
+        Raises ValueError where one was made with frequencies of its own, and for a base or factor
+        where there is none.
         """
-        for module in self.modules():
-            if isinstance(module, Rope):
-                module.set(base=base, factor=factor)
+        ropes = [module for module in self.modules() if isinstance(module, Rope)]
+        if not ropes and (base is not None or factor is not None):
+            raise ValueError("the model has no rotary positions; allowed: no base or factor")
+        for rope in ropes:
+            rope.set(base=base, factor=factor)
 
     def flops_per_token(self, context: float) -> float:
         """Forward FLOPs, head included, of a token that sees `context` tokens with itself."""

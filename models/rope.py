@@ -106,6 +106,8 @@ def make_rope(
     if base is None and frequencies is None:
         if scaling is not None:
             raise ValueError("rope_scaling is given; it needs a rope_base")
+        if factor != 1.0:
+            raise ValueError(f"rope_factor is {factor}; it needs a rope_base")
         return None
     made = None if scaling is None else make_scaling(scaling)
     return Rope(dim, base=base, factor=factor, scaling=made, frequencies=frequencies)

@@ -19,9 +19,13 @@ from models.ops.routed_grid import ChunkGrid, chunk_grid
 from models.ops.routed_softmax import remember
 from models.ops.select import Ops
 from models.precision import autocast, widen
-from models.rope import Rope
+from models.rope import make_rope
 from models.routing import LearnedRouter, StaticRouter
 from models.sequence import Fragment, SequenceInfo
+
+# Settings that only some routers read.
+LEARNED_ONLY = ("router_grad", "temperature", "softmax_target")
+STATIC_ONLY = ("static_share",)
 
 
 class NeuralAttentionSearch(Mixer):
@@ -84,6 +88,13 @@ class NeuralAttentionSearch(Mixer):
             )
         if chunk < 1 or chunk & (chunk - 1):
             raise ValueError(f"chunk is {chunk}; it must be a power of two")
+        _check_router(
+            router,
+            router_grad=router_grad,
+            temperature=temperature,
+            softmax_target=softmax_target,
+            static_share=static_share,
+        )
         self.num_heads, self.softmax_heads, self.token_multiple = num_heads, softmax_heads, chunk
         self.widths = [keys, keys, values]
         self.mixing_from, self.beta_scale = mixing_from, 2.0 if negative_eigenvalues else 1.0
@@ -117,8 +128,8 @@ class NeuralAttentionSearch(Mixer):
             self.latent_down = nn.Linear(d_model, num_heads * latent_rank, bias=False)
             self.latent_norm = RMSNorm(latent_rank, eps=norm_eps)
             self.latent_up = nn.Linear(latent_rank, keys + values, bias=False)  # head by head
-        self.rope = (
-            None if rope_base is None else Rope(softmax_dim, base=rope_base, factor=rope_factor)
+        self.rope = make_rope(
+            softmax_dim, base=rope_base, factor=rope_factor, scaling=None, frequencies=None
         )
         self.softmax_norm, self.linear_norm = (
             RMSNorm(values // softmax_heads, eps=norm_eps) for _ in range(2)
@@ -265,6 +276,16 @@ class NeuralAttentionSearch(Mixer):
         held = open_tokens * (self.out_proj.out_features + keys + values)
         history = (self.conv_weight.shape[1] - 1) * self.conv_weight.shape[0]
         return keys * values // self.num_heads + history + kept + held
+
+
+def _check_router(router: str, **settings: object) -> None:
+    """Raises ValueError for a setting that was changed and that this router does not read."""
+    learned = router == "learned"
+    defaults = NeuralAttentionSearch.__init__.__kwdefaults__ or {}
+    for name in STATIC_ONLY if learned else LEARNED_ONLY:
+        if settings[name] != defaults[name]:
+            others = "random or strided" if learned else "learned"
+            raise ValueError(f"{name} is {settings[name]} with router {router}; it needs {others}")
 
 
 def _behind_open_chunk(

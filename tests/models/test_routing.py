@@ -215,6 +215,16 @@ def test_what_cannot_be_is_named():
         ({"own_chunk": "none"}, "own_chunk"),
         ({"rope_base": -1.0}, "rope_base is -1"),
         ({"latent_rank": 0}, "latent_rank is 0"),
+        ({"rope_factor": 4.0}, "rope_factor is 4.0; it needs a rope_base"),
+        ({"static_share": 0.6}, "static_share is 0.6 with router learned; it needs random or str"),
+        *(
+            ({"router": "random", key: value}, f"{key} is {value} with router random; it needs lea")
+            for key, value in (
+                ("softmax_target", 0.6),
+                ("temperature", 2.0),
+                ("router_grad", "counterfactual"),
+            )
+        ),
         ({"latent_rank": 8, "rope_base": 1e4}, "rope_base is 10000.0 with latent_rank 8; latents"),
     ]:
         with pytest.raises(ConfigError, match=message):

@@ -96,7 +96,14 @@ def test_a_checkpoint_is_a_model_with_the_rotary_setting_of_its_stage(whole, ste
     assert (mixers["gqa"]["rope_base"], mixers["gqa"]["rope_factor"]) == (None, 1.0)
 
 
-def test_a_stage_cannot_turn_given_frequencies_otherwise(whole, tmp_path):
-    keys = ["mixer.mla.rope_base=null", f"mixer.mla.rope_frequencies={[0.1] * 2}"]
-    with pytest.raises(ConfigError, match=r"^data\.stages\[1\]\.rope: rope_frequencies are given"):
-        build(tmp_path, *RUN, *common(whole[0]), STAGES, *keys)
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ([f"mixer.mla.rope_frequencies={[0.1] * 2}"], "rope_frequencies are given"),
+        ([], "the model has no rotary positions"),
+    ],
+)
+def test_a_stage_sets_what_the_model_can_take(whole, tmp_path, keys, reason):
+    none = "mixer.mla.rope_base=null"
+    with pytest.raises(ConfigError, match=rf"^data\.stages\[1\]\.rope: {reason}"):
+        build(tmp_path, *RUN, *common(whole[0]), STAGES, none, *keys)
