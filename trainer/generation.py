@@ -54,7 +54,7 @@ def write_text(
         dtype=numerics.parameters,
         vocab_size=text.vocab_size,
     )
-    ids = torch.as_tensor(text.encode(prompt).astype("int64"), device=device)
+    ids = torch.tensor([*text.start, *text.encode(prompt).tolist()], device=device)
     if not len(ids):
         raise ConfigError("prompt is empty; allowed: at least one token to start from")
     yield as_bytes(prompt).decode("utf-8", errors="replace")

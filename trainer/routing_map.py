@@ -65,18 +65,19 @@ def write_map(
         dtype=numerics.parameters,
         vocab_size=words.vocab_size,
     )
-    ids = words.encode(content)[:tokens]
-    if not len(ids):
+    written = words.encode(content)[:tokens].tolist()
+    if not written:
         raise ConfigError(f"text={text}: it is empty; allowed: at least one token")
     with torch.autocast(device.type, numerics.autocast, enabled=numerics.autocast is not None):
-        layers = route(model, torch.as_tensor(ids.astype("int64"), device=device))
+        ids = [*words.start, *written]
+        layers = route(model, torch.tensor(ids, device=device))
     if not layers:
         raise ConfigError(f"checkpoint={checkpoint}: allowed: a model with nats_l in its pattern")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".png":
         draw_routing(path, {layer: routed.kept for layer, routed in layers.items()})
     else:
-        path.write_text(page(layers, ids.tolist(), words))
+        path.write_text(page(layers, ids, words))
     return [
         f"layer {layer}: kept {' '.join(f'{share:.0%}' for share in routed.kept.mean(1))}"
         for layer, routed in layers.items()

@@ -1,9 +1,11 @@
 """A published model with its own tokenizer, of a size that is no round number, in every command."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from parallel.mesh import join
 from tests.models.build import compose, randomise
@@ -34,9 +36,20 @@ LLAMA = LlamaConfig(
 def place(tmp_path_factory) -> Path:
     """With the model in place/tokenizer."""
     place = tmp_path_factory.mktemp("published")
-    folder = hugging_face(place)
+    folder = hugging_face(place, start=True)
     randomise(LlamaForCausalLM(LLAMA)).save_pretrained(folder)
     return place
+
+
+@pytest.fixture(scope="module")
+def peer(place) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(place / "tokenizer").eval()
+
+
+@pytest.fixture(scope="module")
+def ids(place) -> Callable[[str], list[int]]:
+    """Of a text, as transformers gives it to the model."""
+    return lambda text: AutoTokenizer.from_pretrained(place / "tokenizer")(text)["input_ids"]
 
 
 def source(place: Path) -> str:
@@ -56,14 +69,60 @@ def build(place: Path, run: str, *words: str) -> Trainer:
     return build_trainer(config, mesh=join(), run_dir=place / run)
 
 
+def write(place: Path, *words: str) -> str:
+    words = (f"checkpoint={source(place)}", *words)
+    return "".join(call(write_text, compose([*words], "generate"), ""))
+
+
+def evaluate(place: Path, *words: str) -> dict:
+    words = (f"checkpoint={source(place)}", *data(place), *words)
+    return call(run_task, compose([*words], "evaluate") | {"split": "all"}, "", mesh=join())
+
+
 def test_every_command_takes_a_vocabulary_of_any_size(place, capsys):
-    words = [f"checkpoint={source(place)}", "prompt=the quick", "tokens=3"]
-    assert "".join(call(write_text, compose(words, "generate"), "")).startswith("the quick")
-    words = [f"checkpoint={source(place)}", *data(place)]
-    config = compose(words, "evaluate") | {"split": "all"}
-    assert call(run_task, config, "", mesh=join())["tokens"] > 0
+    assert write(place, "prompt=the quick", "tokens=3").startswith("the quick")
+    assert evaluate(place)["tokens"] > 0
     build(place, "run").run()
     assert records(place / "run")[0]["loss"] > 0
     words = [f"source={source(place)}", f"target={place / 'linear'}", "recipe=linear"]
     main.convert(compose([*words, *data(place), "recipe.calibration_tokens=100"], "convert"))
     assert (place / "linear" / "report.json").exists()
+
+
+def test_a_prompt_is_read_as_transformers_reads_it(place, peer, ids):
+    prompt = torch.tensor([ids("the lazy reader")])
+    assert prompt[0, 0] == 0 and (prompt[0, 1:] > 1).all()
+    text = write(place, "prompt=the lazy reader", "tokens=12", "temperature=0")
+    seen = torch.ones_like(prompt)
+    whole = peer.generate(prompt, attention_mask=seen, max_new_tokens=12, do_sample=False)
+    expected = AutoTokenizer.from_pretrained(source(place)).decode(
+        whole[0], skip_special_tokens=True
+    )
+    assert text == expected
+
+
+def test_documents_are_scored_behind_the_start_token(place, peer, ids):
+    total, count = 0.0, 0
+    for file in (place / "documents").iterdir():
+        tokens = torch.tensor([[*ids(file.read_text()), 1]])
+        total += peer(tokens, labels=tokens).loss.item() * (tokens.shape[1] - 1)
+        count += tokens.shape[1] - 1
+    figures = evaluate(place)
+    assert figures["tokens"] == count
+    assert figures["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_windows_in_the_middle_of_a_document_have_a_start_token_too(place, peer, ids):
+    losses = []
+    for file in (place / "documents").iterdir():
+        tokens = [*ids(file.read_text())[1:], 1]
+        for start in range(0, len(tokens) - 6, 7):
+            window = torch.tensor([[0, *tokens[start : start + 7]]])
+            logits = peer(window).logits[0, :-1]
+            losses.append(
+                torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="none")
+            )
+    expected = torch.stack(losses).mean(0)
+    figures = evaluate(place, "task=position", "tasks.position.length=8")
+    assert figures["loss_1"] == pytest.approx(expected[0].item(), rel=1e-5)
+    assert figures["loss_4"] == pytest.approx(expected[3:].mean().item(), rel=1e-5)

@@ -179,7 +179,7 @@ def _token_ids(tokenizer: str | None) -> Config:
         return {}
     # transformers never trains the padding token: naming another role's token would freeze that.
     pad = None if built.pad_id == built.eos_id else built.pad_id
-    return {"bos": None, "eos": built.eos_id, "pad": pad}
+    return {"bos": next(iter(built.start), None), "eos": built.eos_id, "pad": pad}
 
 
 def _tokenizer_beside(folder: Path, shapes: Mapping[str, Shape]) -> str | None:

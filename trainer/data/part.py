@@ -85,7 +85,7 @@ def _write_documents(
     slice of their file here; `rows` is how many there were of the last file."""
     content, columns, names = hashlib.sha256(), array("Q"), list[str]()
     dtype = token_dtype(tokenizer)
-    end = np.array([tokenizer.eos_id])
+    start, end = np.array(tokenizer.start, dtype), np.array([tokenizer.eos_id])
     tokens = empty = row = 0
     for name, record in _records(source, unit):
         row = record.row
@@ -95,12 +95,13 @@ def _write_documents(
             continue
         if not names or names[-1] != name:
             names.append(name)
-        for piece in (*_blocks(ids), end):
+        for piece in (start, *_blocks(ids), end):
             data = piece.astype(dtype).data
             file.write(data)
             content.update(data)
-        columns.extend((len(ids) + 1, content_digest(record.content), len(names) - 1, row))
-        tokens += len(ids) + 1
+        length = len(start) + len(ids) + 1
+        columns.extend((length, content_digest(record.content), len(names) - 1, row))
+        tokens += length
     documents = np.frombuffer(columns, np.uint64).reshape(-1, 4)
     facts = {"documents": len(documents), "empty": empty, "tokens": tokens, "rows": row}
     return facts | {"names": names}, documents, content.hexdigest()

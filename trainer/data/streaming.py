@@ -42,7 +42,7 @@ class Position:
 
 class Document(NamedTuple):
     name: str
-    tokens: NDArray[np.integer]  # eos included
+    tokens: NDArray[np.integer]  # start and eos included
     end: Position  # behind it
 
 
@@ -119,8 +119,11 @@ class StreamedData:
                 continue
             ids = self.tokenizer.encode(content)
             if len(ids):
-                tokens = np.append(ids, self.tokenizer.eos_id)
-                yield Document(_name(part, row), tokens, replace(start, record=record))
+                yield Document(_name(part, row), self._whole(ids), replace(start, record=record))
+
+    def _whole(self, ids: NDArray[np.integer]) -> NDArray[np.int64]:
+        start, end = self.tokenizer.start, [self.tokenizer.eos_id]
+        return np.concatenate([np.array(part, np.int64) for part in (start, ids, end)])
 
     def _is_held_out(self, content: bytes) -> bool:
         """As a store's documents are."""

@@ -15,7 +15,8 @@ WORDS_FROM = 2**18  # tokens
 
 
 class Text:
-    """Document behind document, without the tokens that end them; behind the last comes the first.
+    """Document behind document, without the tokens that start and end them; behind the last comes
+    the first.
 
     documents: indices of the store's, at least one. Raises ConfigError if there is no text.
     """
@@ -25,7 +26,8 @@ class Text:
     ) -> None:
         self.tokenizer = tokenizer
         self._store, self._documents = store, documents
-        self._ends = np.cumsum(store.lengths[documents] - 1)
+        self._lengths = store.lengths[documents] - len(tokenizer.start) - 1
+        self._ends = np.cumsum(self._lengths)
         if not len(documents) or not self._ends[-1]:
             raise ConfigError(
                 "data.eval_fraction: no document is held out, and the tasks are built from those; "
@@ -43,10 +45,10 @@ class Text:
         while count > 0:
             start %= self.tokens
             i = int(np.searchsorted(self._ends, start, side="right"))
-            document, end = int(self._documents[i]), int(self._ends[i])
-            length = int(self._store.lengths[document]) - 1
-            first = start - (end - length)
-            part = self._store.read(document, first, min(first + count, length))
+            length = int(self._lengths[i])
+            first = start - (int(self._ends[i]) - length)
+            stop, skipped = min(first + count, length), len(self.tokenizer.start)
+            part = self._store.read(int(self._documents[i]), skipped + first, skipped + stop)
             parts.append(part)
             start, count = start + len(part), count - len(part)
         return np.concatenate(parts).astype(np.int64)

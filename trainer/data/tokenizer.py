@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Protocol
 
@@ -28,9 +29,10 @@ _LINE_END = re.compile(rb"\S\n(?=\S)")
 
 
 class Tokenizer(Protocol):
-    """The store appends eos_id to each document; pad_id fills rows and is never predicted."""
+    """A document is `start`, its text and eos_id; pad_id fills rows and is never predicted."""
 
     vocab_size: int  # the highest id, and one
+    start: tuple[int, ...]  # what comes before each document and prompt: nothing, or one token
     eos_id: int
     pad_id: int
     fingerprint: str  # equal for two tokenizers only if they give equal ids
@@ -84,6 +86,7 @@ def pieces(text: bytes, size: int = PIECE_BYTES) -> Iterator[bytes]:
 class ByteTokenizer:
     """Ids 0-255 are bytes, 256 ends a document, 257 pads; reads any content."""
 
+    start: tuple[int, ...] = ()
     eos_id = 256
     pad_id = 257
     vocab_size = 258
@@ -106,7 +109,8 @@ class ByteTokenizer:
 class HuggingFaceTokenizer:
     """A tokenizer.json, or a folder with one; its config names the end-of-document token.
 
-    Raises ConfigError if there is none, it cannot be read, or no `eos_token` is named.
+    Whether there is a start token its post-processor tells. Raises ConfigError if there is no such
+    file, it cannot be read, or no `eos_token` is named.
     """
 
     def __init__(self, path: Path) -> None:
@@ -136,8 +140,15 @@ class HuggingFaceTokenizer:
         pad_id = self._tokenizer.token_to_id(config.get("pad_token", ""))
         self.eos_id = eos_id
         self.pad_id = eos_id if pad_id is None else pad_id
+        self.start = self._put_before("a")
+        if len(self.start) > 1:
+            raise ConfigError(
+                f"data.tokenizer={path}: it puts the tokens {list(self.start)} before a text; "
+                "allowed: one or none"
+            )
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
-        content = file.read_bytes() + f"{self.eos_id} {self.pad_id}".encode()
+        special = (self.eos_id, self.pad_id, *self.start)
+        content = file.read_bytes() + " ".join(map(str, special)).encode()
         self.fingerprint = hashlib.sha256(content).hexdigest()
 
     def encode(self, text: bytes | str) -> NDArray[np.integer]:
@@ -149,6 +160,12 @@ class HuggingFaceTokenizer:
     def _encode(self, text: str) -> list[int]:
         # The form for batches is faster, as it keeps no offsets.
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def _put_before(self, text: str) -> tuple[int, ...]:
+        """The special tokens in front where the tokenizer is asked for any."""
+        encoding = self._tokenizer.encode(text)
+        tokens = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+        return tuple(token for token, _ in takewhile(lambda pair: pair[1], tokens))
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)

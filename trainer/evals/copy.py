@@ -18,11 +18,11 @@ class Copying(Synthetic):
     def __init__(self, *, lengths: Sequence[int] | None, samples: int, seed: int) -> None:
         super().__init__(lengths=lengths, samples=samples, seed=seed, depths=[0.0])
 
-    def example(self, text: Text, draw: Generator, *, length: int, depth: float) -> Run:
+    def question(self, text: Text, draw: Generator, *, length: int, depth: float) -> Run:
         mark = text.encode("\n")
         size = (length - 2 * len(mark)) // 2
         if size < 1:
-            raise self.too_short(length, 2 * len(mark) + 2)
+            raise self.too_short(text, length, 2 * len(mark) + 2)
         passage = words(text, draw, size)
         before = text.read(int(draw.integers(text.tokens)), length - 2 * size - 2 * len(mark))
         parts = [before, mark, passage, mark]

@@ -31,6 +31,7 @@ class HarnessModel(LM):
         super().__init__()
         self._bench, self._max_length = bench, max_length
         self._text = bench.data.tokenizer
+        self._alone = [*self._text.start] or [self._text.eos_id]  # before a text without context
         self.cut = 0
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
@@ -39,13 +40,14 @@ class HarnessModel(LM):
         return [(-row[LOSS], bool(row[ANSWERS_RIGHT] == row[ANSWERS])) for row in found]
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-        """Of each text, the first token behind the one that ends documents."""
+        """Of each text, the first token behind the one that starts documents, or ends them where
+        none does."""
         pairs: list[Pair] = []
         owners: list[int] = []
         for i, request in enumerate(requests):
             tokens = self._encode(request.args[0])
             windows = get_rolling_token_windows(
-                tokens, self._text.eos_id, self._max_length or max(len(tokens), 1), 1
+                tokens, self._alone[0], self._max_length or max(len(tokens), 1), 1
             )
             for window in windows:
                 pairs.append(make_disjoint_window(window))
@@ -72,7 +74,7 @@ class HarnessModel(LM):
         assert self._bench.write is not None
         until = options.get("until") or []
         stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
-        prompt = self._encode(context)[-(self._max_length or 0) :] or [self._text.eos_id]
+        prompt = self._prompt(context)[-(self._max_length or 0) :] or self._alone
         sampled = options.get("do_sample", True)
         limits = (options[key] for key in LIMITS if key in options)
         written: list[int] = []
@@ -94,13 +96,16 @@ class HarnessModel(LM):
     def _encode(self, text: str) -> list[int]:
         return self._text.encode(text).tolist()
 
+    def _prompt(self, text: str) -> list[int]:
+        return [*self._text.start, *self._encode(text)]
+
     def _pair(self, context: str, continuation: str) -> Pair:
         """Blanks between both go with what follows, where tokenizers have them."""
         kept = context.rstrip()
         if not kept:
-            return [self._text.eos_id], self._encode(context + continuation)
-        before = self._encode(kept)
-        return before, self._encode(context + continuation)[len(before) :]
+            return self._alone, self._encode(context + continuation)
+        before = self._prompt(kept)
+        return before, self._prompt(context + continuation)[len(before) :]
 
     def _score(self, pairs: Sequence[Pair]) -> list[list[float]]:
         """[pairs][5]: the `scoring.outcome` of each."""

@@ -17,7 +17,7 @@ class KeyValueRetrieval(NumberTask):
 
     name = "kv"
 
-    def example(self, text: Text, draw: Generator, *, length: int, depth: float) -> Run:
+    def question(self, text: Text, draw: Generator, *, length: int, depth: float) -> Run:
         ending = text.encode("\n")
         pairs: list[tuple[Tokens, Tokens]] = []
         names: set[str] = set()
@@ -34,7 +34,7 @@ class KeyValueRetrieval(NumberTask):
                 pairs.append((key, value))
                 filled += line
         if not pairs:
-            raise self.too_short(length, 2 * (longest + len(ending)))
+            raise self.too_short(text, length, 2 * (longest + len(ending)))
         key, value = pairs[round(depth * (len(pairs) - 1))]
         rest = length - filled - len(ending) - len(key) - len(value)
         before = text.read(int(draw.integers(text.tokens)), rest)

@@ -43,10 +43,10 @@ class MultiQueryRecall(Synthetic):
             raise ValueError(f"power is {power}; allowed: above 0")
         self.pairs, self.vocabulary, self.power = pairs, vocabulary, power
 
-    def example(self, text: Text, draw: Generator, *, length: int, depth: float) -> Run:
+    def question(self, text: Text, draw: Generator, *, length: int, depth: float) -> Run:
         count = self.pairs or max(1, min(length // 8, self.vocabulary // 2))
         if length < 4 * count:
-            raise self.too_short(length, 4 * count)
+            raise self.too_short(text, length, 4 * count)
         keys, values = self._ids(text)
         asked = draw.choice(keys, count, replace=False)
         given = draw.choice(values, count)

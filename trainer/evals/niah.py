@@ -13,7 +13,7 @@ class NeedleInAHaystack(NumberTask):
 
     name = "niah"
 
-    def example(self, text: Text, draw: Generator, *, length: int, depth: float) -> Run:
+    def question(self, text: Text, draw: Generator, *, length: int, depth: float) -> Run:
         key = text.words[int(draw.integers(len(text.words)))]
         statement = text.encode(f"The magic number of {key} is")
         answer = self.number(text, draw)
@@ -22,7 +22,7 @@ class NeedleInAHaystack(NumberTask):
         around = len(opening) + 2 * len(statement) + 2 * len(answer) + len(ending) + len(question)
         room = length - around
         if room < 0:
-            raise self.too_short(length, around)
+            raise self.too_short(text, length, around)
         hay = text.read(int(draw.integers(text.tokens)), room)
         place = round(depth * room)
         return answered(

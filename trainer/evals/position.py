@@ -37,12 +37,12 @@ class LossByPosition:
     def run(self, bench: Bench) -> Result:
         length = self.length or bench.data.seq_len
         places = self._places(bench)
-        store = bench.corpus.store
+        store, first = bench.corpus.store, bench.data.tokenizer.start
 
         def window(i: int) -> Run:
             document, start = places[i]
-            tokens = store.read(document, start, start + length)
-            return Run(np.asarray(tokens, np.int64))
+            tokens = store.read(document, start + len(first), start + length)
+            return Run(np.append(np.array(first, np.int64), tokens))
 
         total = np.zeros((2, length))  # loss and count of labels, by position
         for _, _, scores in bench.score_runs([length] * len(places), window):
@@ -65,11 +65,13 @@ class LossByPosition:
         return Result(figures=dict(zip(names, means.tolist(), strict=True)), draw=draw)
 
     def _places(self, bench: Bench) -> NDArray[np.int64]:
-        """[windows, 2]: document and start of each."""
+        """[windows, 2]: document and start of each; where there is a start token it stands
+        in front of each."""
         length = self.length or bench.data.seq_len
+        size = length - len(bench.data.tokenizer.start)
         documents = bench.corpus.documents(bench.split)
         lengths = bench.corpus.store.lengths[documents]
-        counts = lengths // length
+        counts = (lengths - (length - size)) // size
         if not counts.sum():
             raise ConfigError(
                 f"tasks.position.length={length}: no document of the split is so long; "
@@ -77,6 +79,6 @@ class LossByPosition:
             )
         owner = np.repeat(documents, counts)
         before = np.repeat(np.cumsum(counts) - counts, counts)
-        places = np.stack([owner, (np.arange(len(owner)) - before) * length], axis=1)
+        places = np.stack([owner, (np.arange(len(owner)) - before) * size], axis=1)
         count = min(len(places), self.windows or len(places))
         return places[np.arange(count) * len(places) // count]

@@ -51,9 +51,19 @@ class Synthetic(ABC):
         self.lengths, self.depths = lengths, list(depths)
         self.samples, self.seed = samples, seed
 
-    @abstractmethod
     def example(self, text: Text, draw: Generator, *, length: int, depth: float) -> Run:
         """Exactly `length` tokens with their labels. Raises ConfigError if they are too few."""
+        start = np.array(text.tokenizer.start, np.int64)
+        run = self.question(text, draw, length=length - len(start), depth=depth)
+        unlabelled = np.full(len(start), IGNORE_INDEX)
+        return Run(
+            np.concatenate([start, run.tokens]),
+            labels=np.concatenate([unlabelled, run.all_labels()]),
+        )
+
+    @abstractmethod
+    def question(self, text: Text, draw: Generator, *, length: int, depth: float) -> Run:
+        """An example behind what the tokenizer puts before any text."""
 
     def sizes(self, seq_len: int) -> list[int]:
         """Lengths in tokens, ascending, each once."""
@@ -114,7 +124,10 @@ class Synthetic(ABC):
         """Of one example."""
         return np.random.Generator(np.random.PCG64((self.seed, *stream)))
 
-    def too_short(self, length: int, needed: int) -> ConfigError:
+    def too_short(self, text: Text, length: int, needed: int) -> ConfigError:
+        """length, needed: of a question."""
+        start = len(text.tokenizer.start)
+        length, needed = length + start, needed + start
         return ConfigError(
             f"tasks.{self.name}.lengths: {length} tokens hold no example; allowed: {needed} or more"
         )

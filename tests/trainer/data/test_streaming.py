@@ -7,7 +7,9 @@ import pytest
 from tests.trainer.data.helpers import build, corpus, write_documents
 from tests.trainer.data.test_dataset import document_pairs, scored_pairs
 from tests.trainer.data.test_stream import same, take
+from tests.trainer.evals.helpers import hugging_face
 from trainer.data import DocumentStream, TrainStream
+from trainer.data.streaming import Position
 from trainer.errors import ConfigError
 
 
@@ -67,6 +69,20 @@ def test_the_same_documents_are_held_out_as_from_a_store(folder):
     pairs = sum(map(scored_pairs, few.eval_batches(micro_batch_size=1)), Counter())
     assert pairs == document_pairs(prepared, held[:2])
     assert not list(streamed(folder, eval_fraction=0.0).eval_batches(micro_batch_size=1))
+
+
+def test_documents_start_and_end_as_in_a_store(tmp_path):
+    (tmp_path / "text").mkdir()
+    for name in ("one", "other"):
+        (tmp_path / "text" / name).write_text(f"the {name} dog")
+    options = {"tokenizer": hugging_face(tmp_path, start=True), "eval_fraction": 0.0}
+    store = corpus(build(tmp_path, **options)).store
+    stored = [store.read(i, 0, int(store.lengths[i])).tolist() for i in range(len(store))]
+    found = [d.tokens.tolist() for d in streamed(tmp_path, **options).documents(Position())]
+    assert len(stored) == 2 and sorted(found) == sorted(stored)
+    assert all((d[0], d[-1]) == (0, 1) and min(d[1:-1]) > 1 for d in stored)
+    (batch,), _ = rows_of(streamed(tmp_path, **options), 1)
+    assert 1 in batch.labels and 0 not in batch.labels  # no document foretells the next one
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2])

@@ -4,9 +4,11 @@ import pickle
 import numpy as np
 import pytest
 import tokenizers
+from tokenizers import processors
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
 
 from trainer.data.tokenizer import ByteTokenizer, build_tokenizer, pieces
 from trainer.errors import ConfigError
@@ -87,6 +89,33 @@ def test_pickled_it_still_takes_text_for_text(folder):
     tokenizer = pickle.loads(pickle.dumps(build_tokenizer(str(folder))))
     assert tokenizer.eos_id not in tokenizer.encode("a<eos>b")
     assert len(tokenizer.encode(TEXT * 5)) > 8
+
+
+def put_before(folder, template, tokens):
+    made = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = [(token, made.token_to_id(token)) for token in tokens]
+    template = processors.TemplateProcessing(template, None, ids)
+    made.post_processor = processors.Sequence([processors.ByteLevel(), template])
+    made.no_truncation()
+    made.no_padding()
+    made.save(str(folder / "tokenizer.json"))
+
+
+def test_a_start_token_is_known_by_what_a_text_gets(folder):
+    before = build_tokenizer(str(folder))
+    assert before.start == ByteTokenizer.start == ()
+    for template, start in (("<pad> $A <eos>", (0,)), ("$A <eos>", ())):
+        put_before(folder, template, ["<pad>", "<eos>"])
+        tokenizer = build_tokenizer(str(folder))
+        assert tokenizer.start == pickle.loads(pickle.dumps(tokenizer)).start == start
+        ids = tokenizer.encode(TEXT).tolist()
+        assert ids == before.encode(TEXT).tolist()
+        theirs = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))(TEXT)
+        assert [*start, *ids, tokenizer.eos_id] == theirs["input_ids"]
+        assert tokenizer.fingerprint != before.fingerprint
+    put_before(folder, "<pad> <eos> $A", ["<pad>", "<eos>"])
+    with pytest.raises(ConfigError, match=r"tokens \[0, 1\] before a text; allowed: one or none"):
+        build_tokenizer(str(folder))
 
 
 def test_text_cannot_forge_an_end_of_document(folder):

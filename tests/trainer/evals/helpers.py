@@ -23,9 +23,9 @@ def text(folder: Path, **changes) -> Text:
     return Text(corpus(made).store, made.tokenizer, corpus(made).documents("eval"))
 
 
-def hugging_face(folder: Path) -> str:
-    """A tokenizer whose tokens are pieces of several letters."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def hugging_face(folder: Path, *, start: bool = False) -> str:
+    """A tokenizer whose tokens are pieces of several letters; start: it puts <s>, 0, before."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -35,6 +35,8 @@ def hugging_face(folder: Path) -> str:
         vocab_size=WORDS, special_tokens=["<s>", "<eos>"], initial_alphabet=alphabet
     )
     tokenizer.train_from_iterator([PROSE] * 4, trainer)
+    if start:
+        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 0)])
     path = folder / "tokenizer"
     path.mkdir()
     tokenizer.save(str(path / "tokenizer.json"))

@@ -54,6 +54,27 @@ def test_lengths_are_exact_and_labels_are_next_tokens(documents, name, length, d
     assert (other.tokens != run.tokens).any()
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_a_start_token_is_part_of_the_length(tmp_path, name):
+    """And the tokens of the documents' text are those without."""
+    plain = text(tmp_path, tokenizer=hugging_face(tmp_path))
+    (tmp_path / "other").mkdir()
+    started = text(tmp_path, tokenizer=hugging_face(tmp_path / "other", start=True))
+    assert (started.read(3, 2 * plain.tokens) == plain.read(3, 2 * plain.tokens)).all()
+    task = TASKS[name]
+    options = {"draw": task.draw(0, 3), "depth": 0.3}
+    run = task.example(started, length=171, **options)
+    options["draw"] = task.draw(0, 3)
+    behind = task.example(plain, length=170, **options)
+    assert run.tokens.tolist() == [0, *behind.tokens]
+    assert run.labels.tolist() == [IGNORE_INDEX, *behind.labels]
+    with pytest.raises(ConfigError) as error:
+        task.example(started, task.draw(0, 3), length=3, depth=0.3)
+    found, least = map(int, re.findall(r"(\d+) tokens hold .*allowed: (\d+)", str(error.value))[0])
+    assert found == 3
+    assert len(task.example(started, task.draw(0, 3), length=least, depth=0.3).tokens) == least
+
+
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_the_needle_is_where_it_says(documents, depth):
     run = NIAH.example(documents, NIAH.draw(0, 1), length=300, depth=depth)
@@ -125,7 +146,7 @@ def test_small_gaps_are_likelier():
         task._ids = lambda text: (np.arange(32), np.arange(32, 64))
         places = [
             np.flatnonzero(
-                task.example(None, task.draw(0, i), length=264, depth=0.0).labels != IGNORE_INDEX
+                task.question(None, task.draw(0, i), length=264, depth=0.0).labels != IGNORE_INDEX
             )
             for i in range(100)
         ]
