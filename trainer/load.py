@@ -48,8 +48,8 @@ def tokenizer_of(key: str, folder: str, *, other: str = "data.tokenizer") -> str
 
 
 def take_model(config: Mapping[str, Any], *, tokenizer_given: bool) -> dict[str, Any]:
-    """The configuration; with model=init_from, `model` and `mixer` are those of that folder, and
-    its tokenizer is the data's unless that was given. Raises ConfigError.
+    """The configuration; with model=init_from, `model`, `mixer` and `tokens` are those of that
+    folder, and its tokenizer is the data's unless that was given. Raises ConfigError.
     """
     if config["model"] != "init_from":
         return dict(config)
@@ -58,7 +58,7 @@ def take_model(config: Mapping[str, Any], *, tokenizer_given: bool) -> dict[str,
         raise ConfigError("init_from=null: model=init_from needs a folder with weights")
     with naming("init_from", folder):
         sections = open_weights(Path(folder)).config
-    taken = {key: sections[key] for key in ("model", "mixer")}
+    taken = {key: sections[key] for key in ("model", "mixer", "tokens")}
     if not tokenizer_given:
         taken["data"] = config["data"] | {"tokenizer": tokenizer_of("init_from", folder)}
     return {**config, **taken}

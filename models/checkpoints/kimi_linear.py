@@ -71,6 +71,7 @@ ABSENT: Config = {
     "mla_use_output_gate": False,
     "routed_expert_hidden_size": None,
 }
+LENGTH = 2**20  # tokens that the released model promises; nothing in the model has a length
 MODEL_FIXED: Config = {"tie_embeddings": False, "residual_block": None}
 KDA_FIXED: Config = {"gate_lower_bound": None, "full_rank_gate": False}
 MLA_FIXED: Config = {
@@ -184,7 +185,7 @@ def export_config(config: Config) -> Config:
         **{theirs: tokens.get(ours) for ours, theirs in TOKEN_FIELDS.items()},
         "intermediate_size": model["ffn"]["hidden"],
         "first_k_dense_replace": _dense_layers(model),
-        "model_max_length": 2**20,  # as released; nothing in the model has a length
+        "model_max_length": tokens.get("length") or LENGTH,
         "linear_attn_config": {
             "full_attn_layers": [i + 1 for i, kind in enumerate(kinds) if kind == "mla"],
             "kda_layers": [i + 1 for i, kind in enumerate(kinds) if kind == "kda"],
@@ -260,10 +261,11 @@ def import_config(hf: Config) -> Config:
     else:
         model |= {"moe": None, "dense_layers": 0}
     importers = {"kda": _import_kda, "mla": _import_mla}
+    tokens = {ours: hf.get(theirs) for ours, theirs in TOKEN_FIELDS.items()}
     return {
         "model": model,
         "mixer": {kind: importers[kind](hf) for kind in dict.fromkeys(kinds)},
-        "tokens": {ours: hf.get(theirs) for ours, theirs in TOKEN_FIELDS.items()},
+        "tokens": tokens | {"length": hf.get("model_max_length")},
     }
 
 

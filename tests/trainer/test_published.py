@@ -126,3 +126,17 @@ def test_windows_in_the_middle_of_a_document_have_a_start_token_too(place, peer,
     figures = evaluate(place, "task=position", "tasks.position.length=8")
     assert figures["loss_1"] == pytest.approx(expected[0].item(), rel=1e-5)
     assert figures["loss_4"] == pytest.approx(expected[3:].mean().item(), rel=1e-5)
+
+
+def test_a_trained_model_is_exported_as_its_source_was(place):
+    if not (place / "run").exists():
+        build(place, "run").run()
+    main.convert(
+        compose([f"source={place / 'run'}", f"target={place / 'hf'}", "format=hf"], "convert")
+    )
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size")
+    first, last = (LlamaConfig.from_pretrained(folder) for folder in (source(place), place / "hf"))
+    assert [getattr(last, name) for name in names] == [getattr(first, name) for name in names]
+    assert first.max_position_embeddings == 40
+    assert last.max_position_embeddings == 48  # of the rows that it has read
+    assert (place / "hf" / "tokenizer.json").exists()

@@ -1,7 +1,8 @@
 """Weights from wherever they are: a Hugging Face folder, a native folder, a checkpoint of ours.
 
-A native folder is `config.yaml` (`model:`, `mixer:`, and `tokens:`, the ids of special tokens),
-safetensors files under our names, and tokenizer files if there are any.
+A native folder is `config.yaml` (`model:`, `mixer:`, and `tokens:`, the ids of special tokens and
+how many tokens a text may have), safetensors files under our names, and tokenizer files if there
+are any.
 """
 
 import json
@@ -129,7 +130,8 @@ def _open_checkpoint(path: Path) -> WeightSource:
     }
     shapes = {name: tuple(entry.size) for name, entry in entries.items()}
     config = _read_config(path, shapes)
-    _set_rope(config["mixer"], _parse(path / PROGRESS, json.loads).get("rope", {}))
+    progress = _parse(path / PROGRESS, json.loads)
+    _set_rope(config["mixer"], progress.get("rope", {}))
     tokenizer = _parse(path / "config.yaml", yaml.safe_load).get("data", {}).get("tokenizer")
 
     def get(name: str) -> Tensor:
@@ -137,7 +139,8 @@ def _open_checkpoint(path: Path) -> WeightSource:
         dcp.load({"model": {name: tensor}}, storage_reader=reader, no_dist=True)
         return tensor
 
-    return WeightSource(config | {"tokens": _token_ids(tokenizer)}, shapes, get, tokenizer)
+    tokens = _token_ids(tokenizer, config["tokens"]) | {"length": _length(config, progress)}
+    return WeightSource(config | {"tokens": tokens}, shapes, get, tokenizer)
 
 
 def _read_config(folder: Path, shapes: dict[str, Shape]) -> Config:
@@ -171,15 +174,31 @@ def _parse(path: Path, parse: Callable[[str], Any]) -> Config:
     return parsed
 
 
-def _token_ids(tokenizer: str | None) -> Config:
-    """Ids that a config.json states; none where the tokenizer is not there any more."""
+def _token_ids(tokenizer: str | None, before: Config) -> Config:
+    """Ids that a config.json states: the tokenizer's, while it is there, and those stated `before`
+    the run, in the weights that it began with, for what the tokenizer does not have."""
     try:
         built = build_tokenizer(str(tokenizer))
     except ConfigError:
-        return {}
+        return before
     # transformers never trains the padding token: naming another role's token would freeze that.
     pad = None if built.pad_id == built.eos_id else built.pad_id
-    return {"bos": next(iter(built.start), None), "eos": built.eos_id, "pad": pad}
+    ids: Config = {"bos": next(iter(built.start), None), "eos": built.eos_id, "pad": pad}
+    ends = before.get("eos")
+    if isinstance(ends, list) and built.eos_id in ends:  # a text may end in several ways
+        ids["eos"] = ends
+    return {role: before.get(role) if found is None else found for role, found in ids.items()}
+
+
+def _length(config: Config, progress: Config) -> int | None:
+    """Tokens that a config.json promises: as many as the weights did that the run began with, or
+    its longest rows have, if those are more. For a model without such weights a rotary scaling
+    tells how many it is made for."""
+    scalings = filter(None, (keys.get("rope_scaling") for keys in config["mixer"].values()))
+    made_for = (int(x["factor"] * x["original_max_position_embeddings"]) for x in scalings)
+    stated = config["tokens"].get("length") or max(made_for, default=0)
+    read = progress.get("stream", {}).get("made_of", {}).items()  # of stages that have begun
+    return max([stated, *(x for key, x in read if key.endswith(".seq_len"))]) or None
 
 
 def _tokenizer_beside(folder: Path, shapes: Mapping[str, Shape]) -> str | None:

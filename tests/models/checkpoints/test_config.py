@@ -121,7 +121,8 @@ def test_the_released_tensors_fill_the_model_exactly():
 )
 def test_our_configs_come_back(overrides):
     config = make_config("model=kimi_linear", *overrides)
-    hf = KIMI.export_config(config | {"tokens": {"bos": None, "eos": 256, "pad": 257}})
+    tokens = {"bos": None, "eos": 256, "pad": 257, "length": 4096}
+    hf = KIMI.export_config(config | {"tokens": tokens})
     imported = KIMI.import_config(hf)
     expected = copy.deepcopy(config["model"])
     if expected["moe"] is None:
@@ -129,7 +130,7 @@ def test_our_configs_come_back(overrides):
     assert imported["model"] == expected
     for name in layer_mixers(config["model"]):
         assert imported["mixer"][name] == config["mixer"][name]
-    assert imported["tokens"] == {"bos": None, "eos": 256, "pad": 257}
+    assert imported["tokens"] == tokens
 
 
 @pytest.mark.parametrize(

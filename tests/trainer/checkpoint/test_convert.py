@@ -42,12 +42,14 @@ def make(overrides=SMALL) -> HybridLM:
     return model
 
 
-def save(model: HybridLM, folder: Path, overrides=SMALL, step: int = 5, **sections) -> Path:
+def save(
+    model: HybridLM, folder: Path, overrides=SMALL, step: int = 5, *, progress=None, **sections
+) -> Path:
     """A checkpoint such as the trainer writes."""
     config = compose(overrides) | sections
     store = CheckpointStore(folder / "checkpoints")
     state = {"model": get_model_state_dict(model), "optimizer": {"state.x.step": torch.ones(())}}
-    store.save(step, state, progress={}, config=yaml.safe_dump(config))
+    store.save(step, state, progress=progress or {}, config=yaml.safe_dump(config))
     return store.finish()
 
 
@@ -93,7 +95,7 @@ def test_a_native_folder_says_what_it_takes_to_build_the_model(tmp_path):
     expected = compose(SMALL)
     assert config["model"] == expected["model"] | {"vocab_size": 320}
     assert config["mixer"] == {name: expected["mixer"][name] for name in ("kda", "mla")}
-    assert config["tokens"] == {"bos": None, "eos": 256, "pad": 257}
+    assert config["tokens"] == {"bos": None, "eos": 256, "pad": 257, "length": None}
 
 
 @pytest.mark.parametrize("format", ["hf", "native"])
@@ -154,6 +156,23 @@ def test_a_checkpoint_whose_tokenizer_is_gone_converts_and_asks_for_one(tmp_path
     assert json.loads((target / "config.json").read_text())["eos_token_id"] is None
     with pytest.raises(ConfigError, match=rf"^init_from=.*tokenizer {gone} is not there; allowed"):
         tokenizer_of("init_from", str(source))
+
+
+def test_a_run_keeps_what_its_weights_stated_of_tokens(tmp_path):
+    """Ids that its tokenizer does not have, all ends of a text, and the length, unless it read
+    longer rows."""
+    stated = {"bos": 3, "eos": [256, 7], "pad": None, "length": 64}
+    for name, seq_len, tokens, expected in (
+        ("short", 32, stated, {"bos": 3, "eos": [256, 7], "pad": 257, "length": 64}),
+        ("long", 96, stated | {"eos": 7}, {"bos": 3, "eos": 256, "pad": 257, "length": 96}),
+        ("own", 96, {}, {"bos": None, "eos": 256, "pad": 257, "length": 96}),
+    ):
+        read = {"data.stages[0].seq_len": 16, "data.stages[1].seq_len": seq_len, "data.seed": 200}
+        progress = {"stream": {"made_of": read}}
+        source = save(make(), tmp_path / name, progress=progress, tokens=tokens)
+        assert open_weights(source).config["tokens"] == expected
+        source = run(source, tmp_path / f"{name} hf", "hf")
+        assert open_weights(source).config["tokens"] == expected
 
 
 def test_weights_without_a_tokenizer_are_of_bytes_only_if_they_have_as_many_words(tmp_path):
