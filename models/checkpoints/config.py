@@ -1,9 +1,10 @@
 """Model configs as plain dicts, `model:` and `mixer:` as in conf/, read for a published format."""
 
 import inspect
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, get_args, get_origin
 
+from models.hybrid import HybridLM
 from models.mixer import Mixer
 
 Config = dict[str, Any]
@@ -94,8 +95,52 @@ def check_fields(hf: Config, fixed: Config) -> None:
             raise ValueError(f"config.json: {name} is {hf[name]!r}; it must be {allowed!r}")
 
 
-def field(config: Config, name: str) -> Any:
-    """Raises ValueError if a config.json lacks the field."""
+def field(config: Config, name: str, kind: Any = int) -> Any:
+    """A field of config.json, or of a section in it; kind: a type, a list of one, or a union.
+
+    Raises ValueError where it is missing or of another kind; a whole number is a float, too.
+    """
     if name not in config:
         raise ValueError(f"config.json: {name} is missing")
+    if not _is(config[name], kind):
+        allowed = kind.__name__ if isinstance(kind, type) else kind
+        raise ValueError(f"config.json: {name} is {config[name]!r}; allowed: {allowed}")
     return config[name]
+
+
+def size(config: Config, name: str) -> int:
+    """`field`, where 0 makes no model."""
+    value: int = field(config, name)
+    if value < 1:
+        raise ValueError(f"config.json: {name} is {value}; allowed: 1 or more")
+    return value
+
+
+def optional(config: Config, name: str, kind: Any = int, default: Any = None) -> Any:
+    """`field`, or the default where there is none, or null."""
+    return default if config.get(name) is None else field(config, name, kind)
+
+
+def keywords(
+    config: Config, fields: Mapping[str, str], constructor: Callable[..., object]
+) -> Config:
+    """Of a constructor, those for which there are fields, of the types that it wants."""
+    parameters = inspect.signature(constructor).parameters
+    return {
+        ours: field(config, theirs, parameters[ours].annotation) for ours, theirs in fields.items()
+    }
+
+
+def model_keywords(config: Config, fields: Mapping[str, str] = MODEL_FIELDS) -> Config:
+    """Those of HybridLM, whose integers are sizes."""
+    for ours in ("vocab_size", "d_model", "num_layers"):
+        size(config, fields[ours])
+    return keywords(config, fields, HybridLM)
+
+
+def _is(value: object, kind: Any) -> bool:
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is(item, *get_args(kind)) for item in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)

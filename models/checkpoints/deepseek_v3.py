@@ -9,7 +9,10 @@ from models.checkpoints.config import (
     check_fields,
     check_model,
     field,
+    keywords,
     layer_mixers,
+    model_keywords,
+    optional,
     shared_keywords,
     target,
 )
@@ -89,7 +92,7 @@ def import_config(hf: Config) -> Config:
             f"config.json: first_k_dense_replace is {hf['first_k_dense_replace']}; it must be "
             f"num_hidden_layers = {layers}: only dense feed-forward layers are read"
         )
-    if hf.get("num_key_value_heads") not in (None, heads):
+    if optional(hf, "num_key_value_heads", default=heads) != heads:
         raise ValueError(
             f"config.json: num_key_value_heads is {hf['num_key_value_heads']}; "
             f"latent attention has num_attention_heads = {heads}"
@@ -97,25 +100,25 @@ def import_config(hf: Config) -> Config:
     mla = {
         "_target_": target(MultiHeadLatentAttention),
         "_partial_": True,
-        **{ours: field(hf, theirs) for ours, theirs in MLA_FIELDS.items()},
+        **keywords(hf, MLA_FIELDS, MultiHeadLatentAttention),
         **import_rope(hf),
-        "bias": hf.get("attention_bias", False),
+        "bias": optional(hf, "attention_bias", bool, False),
         **MLA_FIXED,
     }
     tokens = {ours: hf.get(theirs) for ours, theirs in TOKEN_FIELDS.items()}
     return {
         "model": {
             "name": "deepseek_v3",
-            **{ours: field(hf, theirs) for ours, theirs in MODEL_FIELDS.items()},
+            **model_keywords(hf),
             "pattern": ["mla"],
             "ffn": {"hidden": field(hf, "intermediate_size")},
             "moe": None,
             "dense_layers": 0,
-            "tie_embeddings": hf.get("tie_word_embeddings", False),
+            "tie_embeddings": optional(hf, "tie_word_embeddings", bool, False),
             **MODEL_FIXED,
         },
         "mixer": {"mla": mla},
-        "tokens": tokens | {"length": hf.get("max_position_embeddings")},
+        "tokens": tokens | {"length": optional(hf, "max_position_embeddings")},
     }
 
 

@@ -32,7 +32,7 @@ FAMILIES: dict[str, Family] = {
 def family_of(hf: Config, *, source: Path) -> Family:
     """The family of a config.json. Raises ValueError for one that is not known."""
     model_type = hf.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"{source}: model_type is {model_type!r}; known are {sorted(FAMILIES)}")
     return FAMILIES[model_type]
 

@@ -14,7 +14,10 @@ from models.checkpoints.config import (
     check_fields,
     check_model,
     field,
+    keywords,
     layer_mixers,
+    model_keywords,
+    optional,
     shared_keywords,
     shortest_pattern,
     target,
@@ -23,6 +26,7 @@ from models.checkpoints.mla import MLA_FIELDS, mla_table
 from models.checkpoints.table import Entry, KeyTable, Part, rows, same, swiglu
 from models.mixers.kda import KimiDeltaAttention
 from models.mixers.mla import MultiHeadLatentAttention
+from models.moe import MoE
 
 # Our keyword -> field of config.json, beside those of all families.
 KDA_FIELDS = {  # of linear_attn_config
@@ -248,14 +252,14 @@ def import_config(hf: Config) -> Config:
     kinds = _layer_kinds(hf)
     model = {
         "name": "kimi_linear",
-        **{ours: field(hf, theirs) for ours, theirs in MODEL_FIELDS.items()},
+        **model_keywords(hf),
         "pattern": shortest_pattern(kinds),
         "ffn": {"hidden": field(hf, "intermediate_size")},
         **MODEL_FIXED,
     }
     dense = _leading_dense(hf)
     if dense < len(kinds):
-        moe = {ours: field(hf, theirs) for ours, theirs in MOE_FIELDS.items()}
+        moe = keywords(hf, MOE_FIELDS, MoE)
         moe["shared_hidden"] = field(hf, "num_shared_experts") * moe["hidden"]
         model |= {"moe": moe, "dense_layers": dense}
     else:
@@ -270,21 +274,21 @@ def import_config(hf: Config) -> Config:
 
 
 def _import_kda(hf: Config) -> Config:
-    linear = hf.get("linear_attn_config") or {
+    linear = optional(hf, "linear_attn_config", dict) or {
         theirs: field(hf, outside) for theirs, outside in KDA_OUTSIDE.items()
     }
     return {
         "_target_": target(KimiDeltaAttention),
         "_partial_": True,
-        **{ours: field(linear, theirs) for ours, theirs in KDA_FIELDS.items()},
+        **keywords(linear, KDA_FIELDS, KimiDeltaAttention),
         **KDA_FIXED,
-        "norm_eps": field(hf, "rms_norm_eps"),
+        "norm_eps": field(hf, "rms_norm_eps", float),
     }
 
 
 def _import_mla(hf: Config) -> Config:
     heads = field(hf, "num_attention_heads")
-    if hf.get("num_key_value_heads") not in (None, heads):
+    if optional(hf, "num_key_value_heads", default=heads) != heads:
         raise ValueError(
             f"config.json: num_key_value_heads is {hf['num_key_value_heads']}; "
             f"latent attention has num_attention_heads = {heads}"
@@ -292,7 +296,7 @@ def _import_mla(hf: Config) -> Config:
     return {
         "_target_": target(MultiHeadLatentAttention),
         "_partial_": True,
-        **{ours: field(hf, theirs) for ours, theirs in MLA_FIELDS.items()},
+        **keywords(hf, MLA_FIELDS, MultiHeadLatentAttention),
         **MLA_FIXED,
     }
 
@@ -300,14 +304,15 @@ def _import_mla(hf: Config) -> Config:
 def _layer_kinds(hf: Config) -> list[str]:
     """Per layer "kda" or "mla", from transformers' list or from the released lists, 1-based."""
     layers = field(hf, "num_hidden_layers")
-    if hf.get("layer_types") is not None:
+    given = optional(hf, "layer_types", list[str])
+    if given is not None:
         names = {"linear_attention": "kda", "full_attention": "mla"}
-        kinds = [names.get(kind) for kind in hf["layer_types"]]
+        kinds = [names.get(kind) for kind in given]
         where = "layer_types"
     else:
-        linear = field(hf, "linear_attn_config")
-        placed = dict.fromkeys(field(linear, "kda_layers"), "kda")
-        placed |= dict.fromkeys(field(linear, "full_attn_layers"), "mla")
+        linear = field(hf, "linear_attn_config", dict)
+        placed = dict.fromkeys(field(linear, "kda_layers", list[int]), "kda")
+        placed |= dict.fromkeys(field(linear, "full_attn_layers", list[int]), "mla")
         kinds = [placed.get(i + 1) for i in range(max([layers, *placed]))]
         where = "linear_attn_config"
     if len(kinds) != layers or None in kinds:
@@ -317,7 +322,7 @@ def _layer_kinds(hf: Config) -> list[str]:
 
 def _leading_dense(hf: Config) -> int:
     """How many layers, the first ones, have a dense feed-forward."""
-    kinds = hf.get("mlp_layer_types")
+    kinds = optional(hf, "mlp_layer_types", list)
     if kinds is None:
         return field(hf, "first_k_dense_replace")
     dense = kinds.count("dense")

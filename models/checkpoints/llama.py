@@ -16,7 +16,10 @@ from models.checkpoints.config import (
     check_model,
     field,
     layer_mixers,
+    model_keywords,
+    optional,
     shared_keywords,
+    size,
     target,
 )
 from models.checkpoints.rope import export_rope, import_rope
@@ -33,7 +36,7 @@ BIASES = ("qkv_bias", "out_bias")
 # The one value that HybridLM computes; written, and demanded where it stands.
 FIXED: Config = {"hidden_act": "silu", "attention_dropout": 0.0}
 MODEL_FIXED: Config = {"residual_block": None}
-FULL = ["full_attention"]  # no sliding windows
+FULL = "full_attention"  # no sliding windows
 SCALED_LENGTH = "original_max_position_embeddings"
 LENGTH = 2**17  # tokens that config.json promises where nothing is known; the model has no length
 
@@ -120,39 +123,46 @@ class Decoder:
         Raises ValueError for a missing field, and for a value that HybridLM does not compute.
         """
         check_fields(hf, FIXED | self.fixed)
-        if set(hf.get("layer_types") or FULL) != set(FULL):
-            raise ValueError(f"config.json: layer_types is {hf['layer_types']}; allowed: {FULL[0]}")
+        if any(kind != FULL for kind in optional(hf, "layer_types", list, [])):
+            raise ValueError(f"config.json: layer_types is {hf['layer_types']}; allowed: {FULL}")
         tokens = {ours: hf.get(theirs) for ours, theirs in TOKEN_FIELDS.items()}
         return {
             "model": {
                 "name": self.name,
-                **{ours: field(hf, theirs) for ours, theirs in MODEL_FIELDS.items()},
+                **model_keywords(hf),
                 "pattern": ["gqa"],
                 "ffn": {"hidden": field(hf, "intermediate_size")},
                 "moe": None,
                 "dense_layers": 0,
-                "tie_embeddings": hf.get("tie_word_embeddings", False),
+                "tie_embeddings": optional(hf, "tie_word_embeddings", bool, False),
                 **MODEL_FIXED,
             },
             "mixer": {"gqa": self._import_mixer(hf)},
-            "tokens": tokens | {"length": hf.get("max_position_embeddings")},
+            "tokens": tokens | {"length": optional(hf, "max_position_embeddings")},
         }
 
     def _import_mixer(self, hf: Config) -> Config:
-        heads = field(hf, "num_attention_heads")
-        qkv_bias, out_bias = self.biases[hf.get("attention_bias", False) is True]
+        heads = size(hf, "num_attention_heads")
+        biased = optional(hf, "attention_bias", bool, False)
+        if biased and len(self.biases) == 1:
+            raise ValueError(
+                f"config.json: attention_bias is True; {self.name} has biases on queries, keys and "
+                "values alone; allowed: False"
+            )
+        qkv_bias, out_bias = self.biases[biased]
+        head_dim = optional(hf, "head_dim", default=self.head_dim)
         return {
             "_target_": target(GroupedQueryAttention),
             "_partial_": True,
             "num_heads": heads,
-            "num_kv_heads": hf.get("num_key_value_heads") or heads,
-            "head_dim": hf.get("head_dim") or self.head_dim or field(hf, "hidden_size") // heads,
+            "num_kv_heads": optional(hf, "num_key_value_heads", default=heads),
+            "head_dim": field(hf, "hidden_size") // heads if head_dim is None else head_dim,
             **import_rope(hf),
             "qkv_bias": qkv_bias,
             "out_bias": out_bias,
             "qk_norm": self.qk_norm,
             "output_gate": False,
-            "norm_eps": field(hf, "rms_norm_eps"),
+            "norm_eps": field(hf, "rms_norm_eps", float),
         }
 
     def _mixer(self, config: Config) -> Config:

@@ -33,7 +33,8 @@ def key_table(config: Config) -> KeyTable:
 
 def mixer_targets(config: Config) -> list[str]:
     """Raises ValueError for anything but the name of a class in `models.mixers`."""
-    targets = [str(section.get("_target_")) for section in config["mixer"].values()]
+    sections = [field(config["mixer"], name, dict) for name in config["mixer"]]
+    targets = [str(section.get("_target_")) for section in sections]
     for target in targets:
         if not target.startswith(_MIXERS):
             raise ValueError(f"config.json: {target} is no mixer; allowed: {_MIXERS}*")
@@ -65,6 +66,6 @@ def export_config(config: Config) -> Config:
 
 def import_config(hf: Config) -> Config:
     """Raises ValueError for a missing field."""
-    config = {key: field(hf, key) for key in ("model", "mixer")}
+    config = {key: field(hf, key, dict) for key in ("model", "mixer")}
     mixer_targets(config)
     return config | {"tokens": {ours: hf.get(theirs) for ours, theirs in TOKEN_FIELDS.items()}}

@@ -10,7 +10,10 @@ from models.checkpoints.config import (
     check_fields,
     check_model,
     field,
+    keywords,
     layer_mixers,
+    model_keywords,
+    optional,
     shared_keywords,
     target,
 )
@@ -130,11 +133,14 @@ def import_config(hf: Config) -> Config:
     Raises ValueError for a missing field, and for a value that HybridLM does not compute.
     """
     check_fields(hf, FIXED)
-    least, most = hf.get("time_step_limit", (0.0, INFINITY))
+    limits = optional(hf, "time_step_limit", list, [0.0, INFINITY])
+    if len(limits) != 2:
+        raise ValueError(f"config.json: time_step_limit is {limits}; allowed: least and most")
+    least, most = limits
     model = {
         "name": "mamba2",
-        **{ours: field(hf, theirs) for ours, theirs in OWN_FIELDS.items()},
-        "tie_embeddings": hf.get("tie_word_embeddings", False),
+        **model_keywords(hf, OWN_FIELDS),
+        "tie_embeddings": optional(hf, "tie_word_embeddings", bool, False),
         "pattern": ["mamba2"],
         "dense_layers": 0,
         **MODEL_FIXED,
@@ -142,10 +148,10 @@ def import_config(hf: Config) -> Config:
     mixer = {
         "_target_": target(Mamba2),
         "_partial_": True,
-        **{ours: field(hf, theirs) for ours, theirs in MIXER_FIELDS.items()},
+        **keywords(hf, MIXER_FIELDS, Mamba2),
         "step_min": least,
         "step_max": None if most in (INFINITY, math.inf) else most,
-        "norm_eps": field(hf, "layer_norm_epsilon"),
+        "norm_eps": field(hf, "layer_norm_epsilon", float),
     }
     return {
         "model": model,

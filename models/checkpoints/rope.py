@@ -2,16 +2,19 @@
 
 from typing import Any
 
-from models.checkpoints.config import Config, field
+from models.checkpoints.config import Config, field, optional
 from models.rope_scaling import RULES, rule_keys
+
+BASE = 10_000.0  # of a config.json that has none, for every family here
 
 
 def import_rope(hf: Config) -> Config:
     """A mixer's keywords `rope_*`. Raises ValueError for a rule that `Rope` does not compute."""
-    parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    parameters = optional(hf, "rope_parameters", dict) or optional(hf, "rope_scaling", dict, {})
+    kind = optional(parameters, "rope_type", str, optional(parameters, "type", str, "default"))
+    base = optional(parameters, "rope_theta", float, optional(hf, "rope_theta", float, BASE))
     keywords: Config = {
-        "rope_base": float(parameters.get("rope_theta") or field(hf, "rope_theta")),
+        "rope_base": float(base),
         "rope_factor": 1.0,
         "rope_scaling": None,
         "rope_frequencies": None,
@@ -20,7 +23,7 @@ def import_rope(hf: Config) -> Config:
     if share not in (None, 1):
         raise ValueError(f"config.json: partial_rotary_factor is {share}; it must be 1")
     if kind == "linear":
-        keywords["rope_factor"] = float(field(parameters, "factor"))
+        keywords["rope_factor"] = float(field(parameters, "factor", float))
     elif kind in RULES:
         keywords["rope_scaling"] = _import_scaling(kind, hf, parameters)
     elif kind != "default":
@@ -37,7 +40,7 @@ def _import_scaling(kind: str, hf: Config, parameters: Config) -> Config:
     length = {"original_max_position_embeddings": hf.get("max_position_embeddings")}
     given = {key: value for key, value in (length | parameters).items() if value is not None}
     needed, optional = rule_keys(kind)
-    keys = {key: field(given, key) for key in needed}
+    keys = {key: field(given, key, float) for key in needed}
     return {"rope_type": kind, **keys, **{key: given[key] for key in optional if key in given}}
 
 

@@ -25,6 +25,11 @@ class ShardReader:
     """
 
     def __init__(self, folder: Path) -> None:
+        if not has_shards(folder):
+            raise ValueError(
+                f"{folder} has neither {SINGLE} nor {INDEX}; weights are read from safetensors "
+                "files, and from no others"
+            )
         placed = _read_index(folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files = {}

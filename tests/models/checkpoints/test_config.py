@@ -175,6 +175,13 @@ def test_two_sizes_of_one_mixer_are_refused():
         ({"num_key_value_heads": 8}, "num_key_value_heads is 8"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
         ({"hidden_size": ...}, "hidden_size is missing"),
+        ({"hidden_size": True}, "hidden_size is True; allowed: int"),
+        ({"q_lora_rank": "no"}, r"q_lora_rank is 'no'; allowed: int \| None"),
+        ({"linear_attn_config": [4]}, r"linear_attn_config is \[4\]; allowed: dict"),
+        (
+            {"linear_attn_config": RELEASED["linear_attn_config"] | {"kda_layers": ["1"]}},
+            r"kda_layers is \['1'\]; allowed: list\[int\]",
+        ),
         ({"num_hidden_layers": 28}, "linear_attn_config must give each of 28 layers KDA or MLA"),
         ({"layer_types": ["full_attention"] * 26}, "layer_types must give each of 27 layers"),
         ({"mlp_layer_types": ["sparse"] * 26 + ["dense"]}, "dense ones first"),

@@ -163,7 +163,18 @@ def test_old_and_new_rotary_fields_are_read(changes, rope):
         ("llama", {"mlp_bias": True}, "mlp_bias is True"),
         ("llama", {"attention_dropout": 0.1}, "attention_dropout is 0.1"),
         ("llama", {"hidden_size": ...}, "hidden_size is missing"),
-        ("llama", {"rope_theta": ...}, "rope_theta is missing"),
+        ("llama", {"hidden_size": "48"}, "hidden_size is '48'; allowed: int"),
+        ("llama", {"num_attention_heads": 0}, "num_attention_heads is 0; allowed: 1 or more"),
+        ("llama", {"num_hidden_layers": 0}, "num_hidden_layers is 0; allowed: 1 or more"),
+        ("llama", {"num_key_value_heads": 2.0}, "num_key_value_heads is 2.0; allowed: int"),
+        ("llama", {"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'; allowed: float"),
+        ("llama", {"tie_word_embeddings": 1}, "tie_word_embeddings is 1; allowed: bool"),
+        ("llama", {"rope_theta": [1]}, r"rope_theta is \[1\]; allowed: float"),
+        ("llama", {"rope_parameters": [1]}, r"rope_parameters is \[1\]; allowed: dict"),
+        ("llama", {"rope_scaling": {"type": ["yarn"]}}, r"type is \['yarn'\]; allowed: str"),
+        ("llama", {"rope_scaling": LLAMA3 | {"factor": "8"}}, "factor is '8'; allowed: float"),
+        ("qwen2", {"attention_bias": True}, "attention_bias is True; qwen2 has .* allowed: False"),
+        ("qwen3", {"layer_types": 2}, "layer_types is 2; allowed: list"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ("llama", {"rope_scaling": {"type": "longrope"}}, "rope_type is 'longrope'; allowed"),
         ("llama", {"rope_scaling": YARN | {"mscale": 1.0}}, "mscale is 1.0; allowed: attention_f"),
@@ -176,6 +187,13 @@ def test_what_we_do_not_compute_is_refused(name, changes, reason):
     hf = fields(name, **changes)
     with pytest.raises(ValueError, match=rf"^config\.json: .*{reason}"):
         family_of(hf, source=Path("config.json")).import_config(hf)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_a_config_without_a_rotary_base_has_that_of_transformers(name):
+    hf = fields(name, rope_theta=..., rope_parameters=...)
+    (mixer,) = family_of(hf, source=Path("config.json")).import_config(hf)["mixer"].values()
+    assert mixer["rope_base"] == type(PEERS[name]).from_dict(hf).rope_parameters["rope_theta"]
 
 
 MOE = {"num_experts": 2, "top_k": 1, "hidden": 8, "shared_hidden": 0, "routed_scaling": 1.0}

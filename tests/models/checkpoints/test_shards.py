@@ -63,6 +63,12 @@ def test_a_missing_file_is_named(tmp_path):
         ShardReader(tmp_path)
 
 
+def test_other_formats_are_not_read(tmp_path):
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(ValueError, match=r"has neither .* weights are read from safetensors files"):
+        ShardReader(tmp_path)
+
+
 def test_index_and_files_must_agree(tmp_path):
     write_shards(tmp_path, make_tensors(), max_bytes=300)
     index = json.loads((tmp_path / INDEX).read_text())
