@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.mesh import Mesh
+from trainer.checkpoint.ranks import Ranks
 from trainer.console import Console
 from trainer.construct import call
 from trainer.errors import ConfigError
@@ -29,10 +30,10 @@ def sections(config: Config, ranks: int) -> tuple[Logging, Profiling]:
 
 
 def check_sinks(config: Config, mesh: Mesh, run_dir: Path) -> None:
-    """Raises ConfigError for what `build_sinks` would refuse when all else of a run is there."""
+    """Raises ConfigError, on every rank, for what would be refused when all else is there."""
     wanted, _ = sections(config, mesh.ranks)
-    if mesh.main and wanted.wandb == "online":
-        check_wandb_login(run_dir)
+    online = wanted.wandb == "online"
+    Ranks(mesh.group).first(lambda: check_wandb_login(run_dir) if online else None)
 
 
 def build_sinks(trainer: Trainer, config: Config, run_dir: Path) -> list[Sink]:

@@ -71,8 +71,10 @@ ROUNDED = {
     "fp32 gather": (2, [*FP32, "parallel=gather"]),
     "fp32 usp": (4, [*FP32, "parallel=usp"]),
 }
+NO_KEY = ["WANDB_API_KEY=", "WANDB_BASE_URL=http://127.0.0.1:9"]
 OTHERS = {
     "disagreeing": (4, ["parallel=ring", "rank 2: parallel.layout=zigzag"]),
+    "keyless": (2, ["parallel=ring", "logging.wandb=online", *NO_KEY]),
     "gqa": (2, [*GQA, "parallel=ring"]),
     "whole": (2, ["parallel=ring", "trainer.micro_batch_size=4"]),
     **{
@@ -196,9 +198,10 @@ def test_the_log_tells_mesh_schemes_and_layout(said, runs):
     assert log.count("balanced layout: ") == 1 and "% of tokens in cut documents" in log
 
 
-def test_ranks_with_other_configurations_are_told(said):
-    """Every rank; the jobs behind this one show that they left it and joined again."""
+def test_what_one_rank_has_against_a_run_is_told_by_all(said):
+    """The jobs behind these show that the ranks left them and joined again."""
     assert said.count("refused: parallel.layout=zigzag on rank 2, balanced on rank 0; ") == 4
+    assert said.count("refused: logging.wandb=online: No API key configured") == 2
 
 
 def test_ranks_that_plan_differently_are_told():
