@@ -4,7 +4,8 @@ Ranks hold equally many tokens. Subject to that, as few tokens as possible are i
 cut, and then the softmax area is even and fragments are few: a document on one rank sends nothing
 at all, and a recurrence sends a state per fragment. Finding the fewest is bin packing; two greedy
 orders and exchanges between documents get close. Where that leaves a rank with much more attention
-than the others, which wait for it, the longest documents are cut although they fit.
+than the others, which wait for it, the longest documents are cut although they fit, in shares that
+are packed as if they were documents: not too small, as each costs the states of those before it.
 
 A rank takes two pieces of a long document, as many tokens as whole documents left it room for. Of
 mirrored pieces, the zigzag, its share of the area is that of the tokens; a rank with more work than
@@ -14,46 +15,59 @@ others takes more of them from the start of the document, where a token sees lit
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
+from typing import NamedTuple
 
 from models.sequence import Fragment
 
 # A cut document of less than this part of a rank's area stays in as few runs as possible: it moves
 # the balance by 3% at most, which is not worth the fragments of a zigzag.
 _SMALL = 32
-# Tokens that the mean token of a rank may see more than that of all ranks before a document is cut
-# for it: in a layer of width 2,048 that is 8% of the work for a token (4 x 1,024 of 24 x 2,048).
-_UNEVEN = 1024
+# Pairs of tokens that a rank may have above the mean before a document that fits is cut for it. In
+# 32 heads of 192 and 128 they are 0.7 TFLOP, in the time of which a rank receives a tenth of a GB:
+# some twenty states, which is what recurrences send where a few documents are cut.
+_UNEVEN = 2**25
+# Tokens of a share of such a document: with smaller ones, more states would travel.
+_SHARE = 4096
+
+
+class _Item(NamedTuple):
+    """What goes on one rank if it fits: a document, or a share of one."""
+
+    fragments: tuple[Fragment, ...]
+    length: int
+    squares: int  # twice the area: of a document, its length squared
 
 
 Cost = tuple[int, int, int, int]  # the smaller, the better
 
 
 class _Bins:
-    """Whole documents by rank, in order of length, and the tokens that each rank has left."""
+    """Items by rank, in order of length, and the tokens that each rank has left."""
 
     def __init__(self, ranks: int, size: int) -> None:
-        self.held: list[list[Fragment]] = [[] for _ in range(ranks)]
+        self.held: list[list[_Item]] = [[] for _ in range(ranks)]
         self.room = [size] * ranks
-        self.squares = [0] * ranks  # of the lengths: twice the area
+        self.squares = [0] * ranks
 
     def with_room(self, length: int) -> list[int]:
         return [rank for rank, room in enumerate(self.room) if room >= length]
 
-    def put(self, rank: int, document: Fragment) -> None:
-        insort(self.held[rank], document, key=_length)
-        self._count(rank, document, 1)
+    def put(self, rank: int, item: _Item) -> None:
+        insort(self.held[rank], item, key=_length)
+        self._count(rank, item, 1)
 
-    def take(self, rank: int, place: int) -> Fragment:
-        document = self.held[rank].pop(place)
-        self._count(rank, document, -1)
-        return document
+    def take(self, rank: int, place: int) -> _Item:
+        item = self.held[rank].pop(place)
+        self._count(rank, item, -1)
+        return item
 
-    def _count(self, rank: int, document: Fragment, sign: int) -> None:
-        self.room[rank] -= sign * document.length
-        self.squares[rank] += sign * document.length**2
+    def _count(self, rank: int, item: _Item, sign: int) -> None:
+        self.room[rank] -= sign * item.length
+        self.squares[rank] += sign * item.squares
 
 
-Choice = Callable[[_Bins, int], int]  # the rank, of those with room, for a document of this length
+Choice = Callable[[_Bins, _Item], int]  # the rank, of those with room
 
 
 def balance(
@@ -76,117 +90,150 @@ def _balance(
 ) -> list[list[Fragment]] | None:
     """With the longest documents cut, as few of them as it takes; None if there is no room."""
     plans: list[tuple[Cost, list[list[Fragment]]]] = []
-    long = sum(document.length > size for document in ordered)
-    # In a document of twice that length the mean token sees no more.
-    last = max(long, sum(document.length > 2 * _UNEVEN for document in ordered))
+    over = sum(document.length > size for document in ordered)
+    last = max(over, sum(document.length > _SHARE for document in ordered))
+    shared = over
     while True:
-        for choose in (_even_area(ordered[:long]), _tightest):
-            bins, cut = _pack(ordered[long:], ranks, size, choose)
-            cut = [*ordered[:long], *cut]
-            rows = _cut_up(cut, bins, multiple)
+        shares = [share for d in ordered[over:shared] for share in _shares(d, multiple)]
+        items = shares + [_whole(d) for d in ordered[shared:]]
+        items.sort(key=lambda item: (-item.squares, item.fragments[0].index))
+        cut = [_whole(document) for document in ordered[:over]]
+        for choose in (_even_area(cut), _tightest):
+            bins, left = _pack(items, ranks, size, choose)
+            rows = _cut_up(cut + left, bins, multiple)
             if rows is not None:
-                plans.append((_cost(cut, rows, size), rows))
+                plans.append((_cost(rows), rows))
         if not plans:
             return None
         (uneven, *_), rows = min(plans, key=lambda plan: plan[0])
-        if not uneven or long == last:
+        if not uneven or shared == last:
             return rows
-        long = min(long + 1 + long // 2, last)
+        shared = min(shared + 1 + (shared - over) // 2, last)
 
 
-def _length(document: Fragment) -> int:
-    return document.length
+def _length(item: _Item) -> int:
+    return item.length
 
 
-def _cost(cut: list[Fragment], rows: list[list[Fragment]], size: int) -> Cost:
+def _whole(document: Fragment) -> _Item:
+    return _Item((document,), document.length, document.length**2)
+
+
+def _shares(document: Fragment, multiple: int) -> list[_Item]:
+    """Of equal area: each of two mirrored pieces."""
+    count = -(-document.length // _SHARE)
+    units = -(-document.length // multiple)
+    bounds = [units * i // (2 * count) * multiple for i in range(2 * count)] + [document.length]
+    pieces = [
+        replace(document, length=end - start, index=document.index + start, position=start)
+        for start, end in pairwise(bounds)
+    ]
+    pairs = [[f for f in (pieces[i], pieces[-1 - i]) if f.length] for i in range(count)]
+    return [_item(pair) for pair in pairs if pair]
+
+
+def _item(fragments: Sequence[Fragment]) -> _Item:
+    length = sum(fragment.length for fragment in fragments)
+    return _Item(tuple(fragments), length, sum(_square(f.position, f.length) for f in fragments))
+
+
+def _cost(rows: list[list[Fragment]]) -> Cost:
     """Twice the area that is too uneven, tokens in cut documents, twice the largest area,
     fragments."""
     areas = [sum(_square(f.position, f.length) for f in row) for row in rows]
-    uneven = max(areas) - sum(areas) // len(areas) - 2 * _UNEVEN * size
-    return max(uneven, 0), sum(map(_length, cut)), max(areas), sum(map(len, rows))
+    uneven = max(areas) - sum(areas) // len(areas) - 2 * _UNEVEN
+    homes: dict[int, set[int]] = {}
+    for rank, row in enumerate(rows):
+        for fragment in row:
+            homes.setdefault(fragment.start, set()).add(rank)
+    cut = sum(f.length for row in rows for f in row if len(homes[f.start]) > 1)
+    return max(uneven, 0), cut, max(areas), sum(map(len, rows))
 
 
-def _tightest(bins: _Bins, length: int) -> int:
-    return min(bins.with_room(length), key=lambda rank: bins.room[rank])
+def _tightest(bins: _Bins, item: _Item) -> int:
+    return min(bins.with_room(item.length), key=lambda rank: bins.room[rank])
 
 
-def _even_area(long: Sequence[Fragment]) -> Choice:
-    """Evens what the areas will be once long documents, which are to be cut, have filled the room.
+def _even_area(long: Sequence[_Item]) -> Choice:
+    """Evens what the areas will be once long documents, which no rank can hold, have filled the
+    room.
 
     A token of those adds sum(length^2) / sum(length) to twice the area, in the mean.
     """
-    lengths = [document.length for document in long]
-    tokens, squares = max(sum(lengths), 1), sum(length**2 for length in lengths)
-    # A whole document takes the place of tokens that cost more, if there are any.
-    sign = -1 if long else 1
+    tokens, squares = max(sum(map(_length, long)), 1), sum(item.squares for item in long)
 
-    def choose(bins: _Bins, length: int) -> int:
+    def choose(bins: _Bins, item: _Item) -> int:
+        # It takes the place of tokens that cost more, or less.
+        sign = 1 if item.squares * tokens >= squares * item.length else -1
+
         def key(rank: int) -> tuple[int, int]:
             ahead = bins.squares[rank] * tokens + bins.room[rank] * squares
             return sign * ahead, -bins.room[rank]
 
-        return min(bins.with_room(length), key=key)
+        return min(bins.with_room(item.length), key=key)
 
     return choose
 
 
 def _pack(
-    ordered: Sequence[Fragment], ranks: int, size: int, choose: Choice
-) -> tuple[_Bins, list[Fragment]]:
-    """Whole documents in ranks of `size` tokens, and the documents that remain, longest first."""
+    items: Sequence[_Item], ranks: int, size: int, choose: Choice
+) -> tuple[_Bins, list[_Item]]:
+    """Items in ranks of `size` tokens, and those that remain."""
     bins = _Bins(ranks, size)
-    cut = []
-    for document in ordered:
-        if max(bins.room) >= document.length:
-            bins.put(choose(bins, document.length), document)
+    left = []
+    for item in items:
+        if max(bins.room) >= item.length:
+            bins.put(choose(bins, item), item)
         else:
-            cut.append(document)
-    return _settle(bins, cut)
+            left.append(item)
+    return _settle(bins, left)
 
 
-def _settle(bins: _Bins, cut: list[Fragment]) -> tuple[_Bins, list[Fragment]]:
-    """Documents to cut change places with shorter ones until that brings nothing any more."""
-    pending, cut = cut, []
+def _settle(bins: _Bins, left: list[_Item]) -> tuple[_Bins, list[_Item]]:
+    """Items that remain change places with shorter ones until that brings nothing any more."""
+    pending, left = left, []
     while pending:
-        document = pending.pop()
-        fitting = bins.with_room(document.length)
+        item = pending.pop()
+        fitting = bins.with_room(item.length)
         if fitting:
-            bins.put(min(fitting, key=lambda rank: bins.room[rank]), document)
+            bins.put(min(fitting, key=lambda rank: bins.room[rank]), item)
             continue
-        shorter = _exchange(document, bins)
-        (cut if shorter is document else pending).append(shorter)
-    return bins, sorted(cut, key=lambda d: (-d.length, d.index))
+        shorter = _exchange(item, bins)
+        (left if shorter is item else pending).append(shorter)
+    return bins, sorted(left, key=lambda item: (-item.squares, item.fragments[0].index))
 
 
-def _exchange(document: Fragment, bins: _Bins) -> Fragment:
-    """Puts the document in the place of a shorter one, of the shortest that leaves enough room;
-    -> what has no place then."""
+def _exchange(item: _Item, bins: _Bins) -> _Item:
+    """Puts the item in the place of a shorter one, of the shortest that leaves enough room; -> what
+    has no place then."""
     places = []
     for rank, (held, room) in enumerate(zip(bins.held, bins.room, strict=True)):
-        place = bisect_left(held, document.length - room, key=_length)
-        if place < len(held) and held[place].length < document.length:
+        place = bisect_left(held, item.length - room, key=_length)
+        if place < len(held) and held[place].length < item.length:
             places.append((held[place].length, rank, place))
     if not places:
-        return document
+        return item
     _, rank, place = min(places)
     shorter = bins.take(rank, place)
-    bins.put(rank, document)
+    bins.put(rank, item)
     return shorter
 
 
-def _cut_up(cut: list[Fragment], bins: _Bins, multiple: int) -> list[list[Fragment]] | None:
-    """The rows, the room filled with pieces of the documents to cut; None if it is too little."""
-    if sum(_units(document, multiple) for document in cut) > sum(r // multiple for r in bins.room):
+def _cut_up(cut: list[_Item], bins: _Bins, multiple: int) -> list[list[Fragment]] | None:
+    """The rows, the room filled with pieces of what has no place; None if it is too little."""
+    if sum(_units(item, multiple) for item in cut) > sum(r // multiple for r in bins.room):
         return None
-    squares = sum(bins.squares) + sum(document.length**2 for document in cut)
+    squares = sum(bins.squares) + sum(item.squares for item in cut)
     rows = _Rows(bins, multiple)
-    small = [d for d in cut if d.length**2 * len(bins.room) * _SMALL <= squares]
-    for document in small:
-        rows.put(document, _few(_units(document, multiple), rows.room))
-    large = cut[: len(cut) - len(small)]
-    ahead = _ahead(rows, sum(_units(document, multiple) ** 2 for document in large))
-    for document in large:
-        rows.put(document, _zigzag(_units(document, multiple), rows.room, ahead))
+    large = []
+    for item in cut:
+        if len(item.fragments) == 1 and item.squares * len(bins.room) * _SMALL > squares:
+            large.append(item)
+        else:
+            rows.put(item, _few(_units(item, multiple), rows.room))
+    ahead = _ahead(rows, sum(_units(item, multiple) ** 2 for item in large))
+    for item in large:
+        rows.put(item, _zigzag(_units(item, multiple), rows.room, ahead))
     return rows.held
 
 
@@ -194,24 +241,34 @@ class _Rows:
     """Fragments by rank, and what each rank has left and works, in units of `multiple` tokens."""
 
     def __init__(self, bins: _Bins, multiple: int) -> None:
-        self.held = [list(held) for held in bins.held]
+        self.held = [[f for item in held for f in item.fragments] for held in bins.held]
         self.room = [tokens // multiple for tokens in bins.room]
-        self.squares = [squares // multiple**2 for squares in bins.squares]  # twice the area
+        self.squares = [squares // multiple**2 for squares in bins.squares]
         self.multiple = multiple
 
-    def put(self, document: Fragment, pieces: list[tuple[int, int]]) -> None:
-        """(rank, units), from the document's start on."""
-        done = 0
+    def put(self, item: _Item, pieces: list[tuple[int, int]]) -> None:
+        """(rank, units), from its start on."""
+        left = list(item.fragments)
         for rank, count in pieces:
-            position = done * self.multiple
-            length = min(count * self.multiple, document.length - position)
-            if length > 0:
-                index = document.index + position
-                piece = replace(document, length=length, index=index, position=position)
-                self.held[rank].append(piece)
             self.room[rank] -= count
-            self.squares[rank] += _square(done, count)
-            done += count
+            taken = 0
+            while left and taken < count:
+                whole = left.pop(0)
+                length = min((count - taken) * self.multiple, whole.length)
+                piece, rest = _split(whole, length)
+                self.held[rank].append(piece)
+                self.squares[rank] += _square(piece.position, length) // self.multiple**2
+                taken += -(-length // self.multiple)
+                left[:0] = rest
+
+
+def _split(fragment: Fragment, length: int) -> tuple[Fragment, list[Fragment]]:
+    """Its first so many tokens, and what is left of it."""
+    first, left = replace(fragment, length=length), fragment.length - length
+    if not left:
+        return first, []
+    index, position = fragment.index + length, fragment.position + length
+    return first, [replace(fragment, length=left, index=index, position=position)]
 
 
 def _square(position: int, length: int) -> int:
@@ -230,8 +287,8 @@ def _ahead(rows: _Rows, squares: int) -> list[float]:
     ]
 
 
-def _units(document: Fragment, multiple: int) -> int:
-    return -(-document.length // multiple)
+def _units(item: _Item, multiple: int) -> int:
+    return sum(-(-fragment.length // multiple) for fragment in item.fragments)
 
 
 def _zigzag(units: int, room: list[int], ahead: list[float]) -> list[tuple[int, int]]:
@@ -241,7 +298,7 @@ def _zigzag(units: int, room: list[int], ahead: list[float]) -> list[tuple[int, 
     Takes from `ahead` what it evens.
     """
     front, back, first, last = [], [], 0, units
-    shares = _shares(units, room)
+    shares = _proportional(units, room)
     for rank in sorted(range(len(room)), key=lambda rank: (-abs(ahead[rank]), rank)):
         share, left = shares[rank], last - first
         wanted = units * share - ahead[rank]
@@ -259,8 +316,8 @@ def _zigzag(units: int, room: list[int], ahead: list[float]) -> list[tuple[int, 
     return front + back[::-1]
 
 
-def _shares(units: int, room: list[int]) -> list[int]:
-    """In proportion to the room."""
+def _proportional(units: int, room: list[int]) -> list[int]:
+    """By rank, in proportion to the room."""
     shares = [units * free // sum(room) for free in room]
     # Rounding left fewer units than there are ranks with more room than share.
     by_rest = sorted(range(len(room)), key=lambda rank: (-(units * room[rank] % sum(room)), rank))
