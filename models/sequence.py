@@ -8,9 +8,10 @@ Shapes are [batch, seq, heads, dim]; `seq` is always local to this rank.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, NamedTuple
+from functools import wraps
+from typing import ClassVar, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,15 +35,45 @@ class Fragment:
         return self.index - self.position
 
 
+class Memo(dict):
+    """What was derived from its owner, see `per_layout`. Copies and pickles of it are empty."""
+
+    def __reduce__(self):
+        return Memo, ()
+
+
+class Layout(Protocol):
+    """What owns a memo. Nothing in the memo may refer to the owner: the tensors in it are to be
+    freed with the last reference to the owner, not when the garbage collector comes by."""
+
+    @property
+    def memo(self) -> Memo: ...
+
+
+L = TypeVar("L", bound=Layout)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def per_layout(plan: Callable[Concatenate[L, P], R]) -> Callable[Concatenate[L, P], R]:
+    """Calls `plan(layout, ...)` once for equal further arguments, and keeps what it returns as long
+    as this object `layout` lives: all layers of a batch share it, and no other batch ever could."""
+
+    @wraps(plan)
+    def kept(layout: L, *args: P.args, **kwargs: P.kwargs) -> R:
+        key = plan, args, *kwargs.items()
+        if key not in layout.memo:
+            layout.memo[key] = plan(layout, *args, **kwargs)
+        return layout.memo[key]
+
+    return kept
+
+
 class Peers(tuple[tuple[Fragment, ...], ...]):
-    """The one row of every context rank. Hashed once, as every layer looks its plans up by them."""
+    """The one row of every context rank, and the plans that every layer derives from them."""
 
-    _hash: int | None = None
-
-    def __hash__(self) -> int:
-        if self._hash is None:
-            self._hash = super().__hash__()
-        return self._hash
+    def __init__(self, rows: Iterable[tuple[Fragment, ...]] = ()) -> None:
+        self.memo = Memo()
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +91,7 @@ class SequenceInfo:
     fragments: tuple[tuple[Fragment, ...], ...]  # per row, tiling it from left to right
     # Under context parallelism, this rank's row included; else empty.
     peers: Peers = field(default_factory=Peers)
+    memo: Memo = field(default_factory=Memo, init=False, repr=False)
 
     @classmethod
     def from_fragments(
@@ -67,7 +99,7 @@ class SequenceInfo:
         rows: Sequence[Sequence[Fragment]],
         device: torch.device | str = "cpu",
         *,
-        peers: tuple[tuple[Fragment, ...], ...] = (),
+        peers: Sequence[tuple[Fragment, ...]] = (),
     ) -> "SequenceInfo":
         """Raises ValueError unless every row holds the same, positive number of tokens."""
         lengths = {sum(fragment.length for fragment in row) for row in rows}
@@ -86,7 +118,7 @@ class SequenceInfo:
             positions=torch.stack([runs(row, "position") for row in rows]).to(device),
             valid=torch.stack(valid).to(device),
             fragments=tuple(tuple(row) for row in rows),
-            peers=peers if isinstance(peers, Peers) else Peers(peers),
+            peers=Peers(peers),
         )
 
     @classmethod
@@ -142,12 +174,13 @@ class SequenceInfo:
         return starts
 
     def to(self, device: torch.device | str) -> "SequenceInfo":
+        """The same there. Plans are not shared: those on a device live as long as this copy."""
         return SequenceInfo(
             self.index.to(device, non_blocking=True),
             self.positions.to(device, non_blocking=True),
             self.valid.to(device, non_blocking=True),
             self.fragments,
-            self.peers,
+            Peers(self.peers),
         )
 
     def row(self, row: int) -> "SequenceInfo":

@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -17,10 +16,10 @@ import torch
 from torch import Tensor
 
 from models.ops.runs import runs
-from models.sequence import SequenceInfo
+from models.sequence import Peers, SequenceInfo, per_layout
 from models.transition import Transition
 from parallel.collectives import Axis
-from parallel.plans import Row, own_rank, rank_on
+from parallel.plans import own_rank, rank_on
 
 
 class Link(NamedTuple):
@@ -70,8 +69,8 @@ Routes = tuple[Route, Route]  # forward and back
 Kept = dict[tuple, Tensor]
 
 
-@lru_cache(maxsize=1024)
-def chains(peers: tuple[Row, ...]) -> dict[int, tuple[int, ...]]:
+@per_layout
+def chains(peers: Peers) -> dict[int, tuple[int, ...]]:
     """The rank of every link, for each document that is not one run on one rank.
 
     Raises ValueError where runs do not make up a document from its start without a gap.
@@ -200,7 +199,7 @@ class Chain(ABC):
 class Gather(Chain):
     """Every rank gets all summaries before its last link, and composes them itself."""
 
-    def __init__(self, post: Post, peers: tuple[Row, ...]) -> None:
+    def __init__(self, post: Post, peers: Peers) -> None:
         self.post = post
         self.forward, self.back = gather_routes(peers, post.axis.rank)
         self.links = gathered_links(peers, post.axis.rank)
@@ -243,7 +242,7 @@ class Scan(Chain):
     link in each. The window of a link ends just before it; one that reaches the start of the
     document is a state."""
 
-    def __init__(self, post: Post, peers: tuple[Row, ...]) -> None:
+    def __init__(self, post: Post, peers: Peers) -> None:
         self.post = post
         self.first, *self.rounds = scan_routes(peers, post.axis.rank)
 
@@ -282,8 +281,8 @@ def _shifted(link: Link, places: int) -> Link:
     return Link(link.document, link.place + places)
 
 
-@lru_cache(maxsize=1024)
-def gather_routes(peers: tuple[Row, ...], rank: int) -> Routes:
+@per_layout
+def gather_routes(peers: Peers, rank: int) -> Routes:
     """Of each link to every rank that holds a later one of its document."""
     parcels = [
         Parcel(source, to, Link(document, place), place > 0)
@@ -294,8 +293,8 @@ def gather_routes(peers: tuple[Row, ...], rank: int) -> Routes:
     return Route.of(parcels, rank), Route.of(parcels, rank, back=True)
 
 
-@lru_cache(maxsize=1024)
-def gathered_links(peers: tuple[Row, ...], rank: int) -> tuple[tuple[Link, bool], ...]:
+@per_layout
+def gathered_links(peers: Peers, rank: int) -> tuple[tuple[Link, bool], ...]:
     """All links before the last of this rank, and whether this rank holds the next one."""
     found = []
     for document, ranks in chains(peers).items():
@@ -304,8 +303,8 @@ def gathered_links(peers: tuple[Row, ...], rank: int) -> tuple[tuple[Link, bool]
     return tuple(found)
 
 
-@lru_cache(maxsize=1024)
-def scan_routes(peers: tuple[Row, ...], rank: int) -> tuple[Routes, ...]:
+@per_layout
+def scan_routes(peers: Peers, rank: int) -> tuple[Routes, ...]:
     """First of each link to the next; then of the window of each to that 1, 2, 4, ... later."""
 
     def moves(first: int, distance: int, states: int) -> Routes:

@@ -5,7 +5,6 @@ only. Key heads go in groups, the next under way while one is computed; in the b
 gradients of the group before.
 """
 
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from models.precision import widen
-from models.sequence import SequenceInfo, SoftmaxAttention
+from models.sequence import Peers, SequenceInfo, SoftmaxAttention, per_layout
 from parallel.collectives import Axis, Pending
 from parallel.plans import Row, add_, own_rank, rank_on, seen, take, tokens, where
 from parallel.softmax import Gradients, Merging, Options, SoftmaxScheme, pack, unpack
@@ -28,8 +27,8 @@ class Fetch(NamedTuple):
     counts: tuple[int, ...]  # of them, by rank
 
 
-@lru_cache(maxsize=1024)
-def fetch(peers: tuple[Row, ...], rank: int, *, causal: bool) -> Fetch:
+@per_layout
+def fetch(peers: Peers, rank: int, *, causal: bool) -> Fetch:
     nothing: Row = ()
     others = [row if r != rank else nothing for r, row in enumerate(peers)]
     read = [seen(peers[rank], row, causal=causal) for row in others]

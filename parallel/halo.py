@@ -7,7 +7,6 @@ message.
 
 from bisect import bisect_right
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from models.ops.runs import Run, runs
-from models.sequence import CausalConv, Fragment, SequenceInfo
+from models.sequence import CausalConv, Fragment, Peers, SequenceInfo, per_layout
 from parallel.chains import chains, place_on
 from parallel.collectives import Axis
 from parallel.plans import Row
@@ -47,8 +46,8 @@ class Halo(NamedTuple):
     crosses: bool  # whether anything leaves its rank, on any rank
 
 
-@lru_cache(maxsize=1024)
-def wants(peers: tuple[Row, ...], reach: int) -> tuple[tuple[Want, ...], ...]:
+@per_layout
+def wants(peers: Peers, reach: int) -> tuple[tuple[Want, ...], ...]:
     """Of every rank, by the rank that they come from."""
     held = sorted(
         (run.index, rank, run.start)
@@ -68,8 +67,8 @@ def wants(peers: tuple[Row, ...], reach: int) -> tuple[tuple[Want, ...], ...]:
     return tuple(needed)
 
 
-@lru_cache(maxsize=1024)
-def plan_halo(peers: tuple[Row, ...], rank: int, reach: int) -> Halo:
+@per_layout
+def plan_halo(peers: Peers, rank: int, reach: int) -> Halo:
     needed = wants(peers, reach)
     sends = [[want.row for want in found if want.rank == rank] for found in needed]
     continuing = _continuing(peers[rank])
@@ -120,7 +119,7 @@ class HaloExchange(CausalConv):
         if rank is None or not reach:
             return self.op(x, weight, info)
         halo = plan_halo(info.peers, rank, reach)
-        at = _Indices.of(halo, x.device)
+        at = _placed(info.peers, rank, reach, x.device)
         exchange = _Exchange(self.axis, halo, at.sends)
         x = _Depart.apply(exchange, x)
         output = self.op(x, weight, info)
@@ -128,30 +127,31 @@ class HaloExchange(CausalConv):
         empty = x.new_zeros(len(halo.heads) * reach, x.shape[2])
         before = empty.index_copy(0, at.slots, _Arrive.apply(exchange, x))
         empty, before = (y.unflatten(0, (-1, reach)) for y in (empty, before))
-        late = self.op(empty, weight, _heads_info(halo.heads, x.device), history=before)
+        late = self.op(empty, weight, at.heads, history=before)
         late = late.flatten(0, 1).index_select(0, at.places)
         # Not in place: kernels may return a view, or keep their output for the backward.
         return output.index_add(1, at.tokens, late.unsqueeze(0))
 
 
-class _Indices(NamedTuple):
+class _Placed(NamedTuple):
     """The same numbers on a device."""
 
     sends: Tensor
     slots: Tensor
     tokens: Tensor
     places: Tensor
-
-    @staticmethod
-    @lru_cache(maxsize=64)
-    def of(halo: Halo, device: torch.device) -> "_Indices":
-        numbers = halo.sends, halo.slots, halo.tokens, halo.places
-        return _Indices(*(torch.tensor(x, dtype=torch.int64, device=device) for x in numbers))
+    heads: SequenceInfo
 
 
-@lru_cache(maxsize=64)
-def _heads_info(heads: tuple[Row, ...], device: torch.device) -> SequenceInfo:
-    return SequenceInfo.from_fragments(heads, device)
+@per_layout
+def _placed(peers: Peers, rank: int, reach: int, device: torch.device) -> _Placed:
+    halo = plan_halo(peers, rank, reach)
+    numbers = halo.sends, halo.slots, halo.tokens, halo.places
+    sends, slots, tokens, places = (
+        torch.tensor(x, dtype=torch.int64, device=device) for x in numbers
+    )
+    heads = SequenceInfo.from_fragments(halo.heads, device)
+    return _Placed(sends, slots, tokens, places, heads)
 
 
 class _Exchange:

@@ -10,7 +10,6 @@ is arXiv 2310.01889, heads instead of tokens arXiv 2309.14509.
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from models.ops.latent import MaterialisedLatent, keys_and_values
 from models.ops.softmax import merge_
 from models.precision import autocast, widen
-from models.sequence import LatentAttention, SequenceInfo
+from models.sequence import LatentAttention, Peers, SequenceInfo, per_layout
 from parallel.collectives import Axis, Pending
 from parallel.gather import fetch
 from parallel.plans import (
@@ -27,7 +26,6 @@ from parallel.plans import (
     add_,
     cut_documents,
     merge_order,
-    neighbours,
     own_rank,
     rank_on,
     refuse_keys,
@@ -206,8 +204,7 @@ class LatentUlysses(LatentScheme):
     def attend(self, q, rows, up_weight, info, scale):
         exchange = HeadExchange(self.axis, info, heads=q.shape[2], op="latent")
         exchange.check_inner(self.op, LatentScheme)
-        group = neighbours(info.peers, self.axis.ranks)[own_rank(info) // self.axis.ranks]
-        order = merge_order(group, rows.device)
+        order = merge_order(info.peers, self.axis.ranks, own_rank(info), rows.device)
         latents = _AllGather.apply(rows, self.axis, *order).unsqueeze(0)
         rank = up_weight.shape[-1]
         (own_q,) = exchange.to_heads(q)
@@ -245,7 +242,7 @@ class _Attention(torch.autograd.Function):
 
         def attend(rows: Tensor, row: Row) -> None:
             k, v = _expand(rows, up_weight, key_dims)
-            key_info = row_info(row, rows.device)
+            key_info = row_info(info.peers, row, rows.device)
             merge_(output, lse, *scheme.op.softmax.block(q, k, v, info, key_info, scale=scale))
 
         kept = scheme.visit(rows, info, attend)
@@ -264,7 +261,8 @@ class _Attention(torch.autograd.Function):
             leaves = rows.detach().requires_grad_(), up_weight.detach().requires_grad_()
             with torch.enable_grad():
                 k, v = _expand(*leaves, ctx.key_dims)
-            block = q, k.detach(), v.detach(), output, lse, info, row_info(row, rows.device)
+            key_info = row_info(info.peers, row, rows.device)
+            block = q, k.detach(), v.detach(), output, lse, info, key_info
             part, *grads = softmax.block_backward(grad, *block, scale=scale)
             grad_q.add_(part)
             grad_rows, part = torch.autograd.grad((k, v), leaves, grads)
@@ -282,8 +280,8 @@ def _expand(rows: Tensor, up_weight: Tensor, key_dims: int) -> tuple[Tensor, Ten
     return keys_and_values(rows[None, :, :rank], rows[None, :, rank:], up_weight, key_dims)
 
 
-@lru_cache(maxsize=64)
-def visible(peers: tuple[Row, ...], rank: int, *, causal: bool) -> tuple[Row, ...]:
+@per_layout
+def visible(peers: Peers, rank: int, *, causal: bool) -> tuple[Row, ...]:
     """What the queries of a rank see of the row of each other; nothing at its own place."""
     return tuple(
         seen(row, peers[rank], causal=causal) if r != rank else () for r, row in enumerate(peers)

@@ -7,7 +7,6 @@ travel, by head: sizes are read on the host, once.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -16,8 +15,9 @@ from torch import Tensor
 
 from models.ops.routed import ABSENT
 from models.ops.runs import runs
+from models.sequence import Peers, per_layout
 from parallel.collectives import Axis, Pending
-from parallel.plans import Row, cut_documents
+from parallel.plans import cut_documents
 
 OP = "routed"  # in the traffic
 
@@ -31,9 +31,9 @@ class Loans(NamedTuple):
     borrowed: tuple[int, ...]  # from each rank
 
 
-@lru_cache(maxsize=64)
-def loans(peers: tuple[Row, ...], rank: int, chunk: int, device: torch.device) -> Loans:
-    """The same for equal arguments, so that its tensors are moved once."""
+@per_layout
+def loans(peers: Peers, rank: int, chunk: int, device: torch.device) -> Loans:
+    """Its tensors are moved once."""
     others = [r if r != rank else None for r in range(len(peers))]
     lent = [needed(peers, rank, r, chunk) for r in others]
     borrowed = [needed(peers, r, rank, chunk) for r in others]
@@ -47,7 +47,7 @@ def loans(peers: tuple[Row, ...], rank: int, chunk: int, device: torch.device) -
 
 
 def needed(
-    peers: tuple[Row, ...], owner: int | None, reader: int | None, chunk: int
+    peers: Peers, owner: int | None, reader: int | None, chunk: int
 ) -> list[tuple[int, int]]:
     """(column in the owner's grid, index) of its whole chunks before some query of the reader."""
     if owner is None or reader is None:

@@ -6,12 +6,11 @@ ranks plan the same messages without asking each other or a device.
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from models.sequence import Fragment, Peers, SequenceInfo, SequenceOp
+from models.sequence import Fragment, Peers, SequenceInfo, SequenceOp, per_layout
 from parallel.collectives import Axis
 
 Row = tuple[Fragment, ...]
@@ -49,18 +48,18 @@ def refuse_keys(scheme: SequenceOp, info: SequenceInfo, key_info: SequenceInfo |
         )
 
 
-@lru_cache(maxsize=64)  # 17 bytes a token on the device
-def row_info(row: Row, device: torch.device, peers: tuple[Row, ...] = ()) -> SequenceInfo:
-    """The same `SequenceInfo` for equal arguments, so that its tensors are moved once."""
-    return SequenceInfo.from_fragments([row], device, peers=peers)
+@per_layout
+def row_info(peers: Peers, row: Row, device: torch.device) -> SequenceInfo:
+    """Of a row made of fragments of the peers; 17 bytes a token on the device, moved once."""
+    return SequenceInfo.from_fragments([row], device)
 
 
 def tokens(row: Iterable[Fragment]) -> int:
     return sum(fragment.length for fragment in row)
 
 
-@lru_cache(maxsize=1024)
-def cut_documents(peers: tuple[Row, ...]) -> frozenset[int]:
+@per_layout
+def cut_documents(peers: Peers) -> frozenset[int]:
     """Starts of the documents that lie on more than one rank; `Fragment.start` names a document."""
     holders = defaultdict(set)
     for rank, row in enumerate(peers):
@@ -70,8 +69,8 @@ def cut_documents(peers: tuple[Row, ...]) -> frozenset[int]:
     return frozenset(start for start, ranks in holders.items() if len(ranks) > 1)
 
 
-@lru_cache(maxsize=1024)
-def cut_part(peers: tuple[Row, ...], rank: int) -> Row:
+@per_layout
+def cut_part(peers: Peers, rank: int) -> Row:
     """The fragments of a rank's row that are of cut documents."""
     cut = cut_documents(peers)
     return tuple(f for f in peers[rank] if f.start in cut and not f.padding)
@@ -130,30 +129,32 @@ def _pieces(rows: tuple[slice, ...], part: Tensor) -> Iterator[tuple[slice, Tens
     return zip(rows, part.split(sizes) if sizes else (), strict=True)
 
 
-@lru_cache(maxsize=1024)
-def merged(rows: tuple[Row, ...]) -> Row:
+def merged(rows: Iterable[Row]) -> Row:
     """One row of all the fragments, by their index in the packed global sequence."""
     return tuple(sorted((f for row in rows for f in row), key=lambda fragment: fragment.index))
 
 
-@lru_cache(maxsize=64)
-def neighbours(peers: tuple[Row, ...], ranks: int) -> tuple[Peers, ...]:
-    """The rows of every group of so many ranks."""
-    return tuple(Peers(peers[i : i + ranks]) for i in range(0, len(peers), ranks))
+@per_layout
+def merged_info(peers: Peers, ranks: int, rank: int, device: torch.device) -> SequenceInfo:
+    """Of the merged row of a rank's group of so many neighbours; its peers are those of all groups.
+
+    It takes 17 bytes a token of the group on the device.
+    """
+    rows = [merged(peers[i : i + ranks]) for i in range(0, len(peers), ranks)]
+    return SequenceInfo.from_fragments([rows[rank // ranks]], device, peers=rows)
 
 
-@lru_cache(maxsize=64)
-def merged_neighbours(peers: tuple[Row, ...], ranks: int) -> Peers:
-    """One row of each of these groups."""
-    return Peers(merged(group) for group in neighbours(peers, ranks))
-
-
-@lru_cache(maxsize=64)
-def merge_order(rows: tuple[Row, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token permutations between the rows one behind the other and `merged(rows)`.
+@per_layout
+def merge_order(peers: Peers, ranks: int, rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token permutations between the rows of that group one behind the other and the merged row.
 
     concatenated[first] is merged, and merged[second] is concatenated; both int64.
     """
-    index = torch.cat([torch.arange(f.index, f.index + f.length) for row in rows for f in row])
-    order = index.argsort()
+    start = rank // ranks * ranks
+    index = [
+        torch.arange(f.index, f.index + f.length)
+        for row in peers[start : start + ranks]
+        for f in row
+    ]
+    order = torch.cat(index).argsort()
     return order.to(device), order.argsort().to(device)

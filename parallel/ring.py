@@ -5,14 +5,13 @@ rank that sees it, and stays there for the backward, which walks the way back: k
 where they stayed to their first reader, and their gradients one hop behind them to the owner.
 """
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from models.precision import widen
-from models.sequence import Fragment, SequenceInfo, SoftmaxAttention
+from models.sequence import Fragment, Peers, SequenceInfo, SoftmaxAttention, per_layout
 from parallel.collectives import Axis, Pending
 from parallel.plans import Row, add_, own_rank, put_, rank_on, seen, take, tokens, where
 from parallel.softmax import Gradients, Merging, Options, SoftmaxScheme, pack, unpack
@@ -32,8 +31,8 @@ class Stop(NamedTuple):
         return sum(part.stop - part.start for part in self.on)
 
 
-@lru_cache(maxsize=1024)
-def stops(peers: tuple[Row, ...], rank: int, *, causal: bool) -> tuple[Stop, ...]:
+@per_layout
+def stops(peers: Peers, rank: int, *, causal: bool) -> tuple[Stop, ...]:
     """What a rank holds after each hop, those of rank - hop; at first the own ones."""
     found = []
     for hop in range(len(peers)):
@@ -47,8 +46,8 @@ def stops(peers: tuple[Row, ...], rank: int, *, causal: bool) -> tuple[Stop, ...
     return tuple(found)
 
 
-@lru_cache(maxsize=1024)
-def _reach(peers: tuple[Row, ...], owner: int, *, causal: bool) -> dict[Fragment, int]:
+@per_layout
+def _reach(peers: Peers, owner: int, *, causal: bool) -> dict[Fragment, int]:
     """How many hops a fragment of the owner travels to the last rank that sees it."""
     ranks = len(peers)
     readers = {hop: peers[(owner + hop) % ranks] for hop in range(1, ranks)}

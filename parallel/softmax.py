@@ -103,12 +103,13 @@ class Merging:
         options: Options,
     ) -> None:
         self.op, self.options, self.readers = op, options, Readers.of(info)
+        self.peers = info.peers
         self.whole = op.block(q, k, v, info, info, **options)
         self.q = self.readers.take(q)
         self.output, self.lse = (widen(self.readers.take(x)) for x in self.whole)
 
     def add(self, k: Tensor, v: Tensor, keys: Row) -> None:
-        key_info = row_info(keys, k.device)
+        key_info = row_info(self.peers, keys, k.device)
         part = self.op.block(self.q, k, v, self.readers.info, key_info, **self.options)
         merge_(self.output, self.lse, *part)
 
@@ -128,7 +129,8 @@ class Readers(NamedTuple):
     @classmethod
     def of(cls, info: SequenceInfo) -> "Readers":
         row, part = info.fragments[0], cut_part(info.peers, own_rank(info))
-        return cls(where(row, part), row_info(part or row, info.index.device))
+        part_info = row_info(info.peers, part or row, info.index.device)
+        return cls(where(row, part), part_info)
 
     def take(self, x: Tensor) -> Tensor:
         """Their rows of [1, seq, ...]."""
@@ -156,7 +158,7 @@ class Gradients:
 
     def of(self, k: Tensor, v: Tensor, keys: Row) -> Tensor:
         """dk and dv of these keys of another rank, packed."""
-        key_info = row_info(keys, k.device)
+        key_info = row_info(self.info.peers, keys, k.device)
         grad_q, packed = self._block(self.cut, k, v, self.readers.info, key_info)
         self.grad_q += grad_q
         return packed

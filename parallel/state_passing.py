@@ -9,7 +9,6 @@ and what S adds to the outputs once it has come: no token is gone over twice.
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -19,7 +18,14 @@ from torch.autograd.function import once_differentiable
 
 from models.ops.runs import runs
 from models.precision import full_precision, widen
-from models.sequence import LinearRecurrence, Recurrent, Response, SequenceInfo
+from models.sequence import (
+    LinearRecurrence,
+    Peers,
+    Recurrent,
+    Response,
+    SequenceInfo,
+    per_layout,
+)
 from parallel.chains import Chain, Gather, Link, Post, Scan, Summary, chains, place_on
 from parallel.collectives import Axis
 from parallel.plans import Row, own_rank, row_info
@@ -46,8 +52,8 @@ class Segment:
         return self.link is not None and self.link.place > 0
 
 
-@lru_cache(maxsize=1024)
-def segments(peers: tuple[Row, ...], rank: int) -> tuple[Segment, ...]:
+@per_layout
+def segments(peers: Peers, rank: int) -> tuple[Segment, ...]:
     """A rank's row, from left to right."""
     row = peers[rank]
     links = {}
@@ -106,7 +112,7 @@ class StatePassing(LinearRecurrence):
         if rank is None:
             return self.op(**tensors, info=info)
         plan = segments(info.peers, rank)
-        local = _Local(self.op, plan, tensors, info.index.device)
+        local = _Local(self.op, plan, tensors, info)
         chain = self._chain(info.peers, k, v)
         leaving = [s for s in plan if not s.last]
         between = [s for s in leaving if s.entered]
@@ -136,7 +142,7 @@ class StatePassing(LinearRecurrence):
             *_Entering.apply(back, gate, output, final, *reads, *through, *kept.values())
         )
 
-    def _chain(self, peers: tuple[Row, ...], k: Tensor, v: Tensor) -> Chain:
+    def _chain(self, peers: Peers, k: Tensor, v: Tensor) -> Chain:
         shape = (k.shape[0], k.shape[2], k.shape[3], v.shape[3])
         post = Post(self.axis, self.op.transition, widen(k.new_empty(1)).expand(shape))
         return Scan(post, peers) if self.axis.ranks > self.scan_ranks else Gather(post, peers)
@@ -203,14 +209,16 @@ class _Local:
         op: LinearRecurrence,
         plan: tuple[Segment, ...],
         tensors: dict[str, Tensor],
-        device: torch.device,
+        info: SequenceInfo,
     ) -> None:
-        self.op = op
+        self.op, device = op, info.index.device
         # Not sliced: the gradient of every slice would be as long as the row.
         lengths = [segment.stop - segment.start for segment in plan]
         pieces = [x.split(lengths, dim=1) if len(plan) > 1 else (x,) for x in tensors.values()]
         self.arguments: dict[Segment, dict[str, Any]] = {
-            segment: dict(zip(tensors, parts, strict=True), info=row_info(segment.row, device))
+            segment: dict(
+                zip(tensors, parts, strict=True), info=row_info(info.peers, segment.row, device)
+            )
             for segment, parts in zip(plan, zip(*pieces, strict=True), strict=True)
         }
         self.responses: dict[Segment, Response] = {}

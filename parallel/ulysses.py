@@ -15,7 +15,7 @@ from torch import Tensor
 from models.precision import widen
 from models.sequence import SequenceInfo, SequenceOp
 from parallel.collectives import Axis
-from parallel.plans import merge_order, merged_neighbours, neighbours, own_rank, row_info
+from parallel.plans import merge_order, merged_info, own_rank
 from parallel.softmax import Options, SoftmaxScheme
 
 
@@ -38,11 +38,9 @@ class HeadExchange:
                 f"ulysses is {axis.ranks}; it must divide the {len(info.peers)} context ranks"
             )
         self.axis, self.heads, self.op = axis, heads, op
-        ranks, group = axis.ranks, own_rank(info) // axis.ranks
-        rows, device = merged_neighbours(info.peers, ranks), info.index.device
-        self.info = row_info(rows[group], device, rows)
-        own = neighbours(info.peers, ranks)[group]
-        self._sort, self._unsort = merge_order(own, device)
+        group = axis.ranks, own_rank(info), info.index.device
+        self.info = merged_info(info.peers, *group)
+        self._sort, self._unsort = merge_order(info.peers, *group)
         self.own = self._share(axis.rank, heads)
 
     def check_inner(self, op: SequenceOp, scheme: type[SequenceOp]) -> None:

@@ -5,7 +5,6 @@ re-laid so that every chunk has C slots of its own: [batch, seq, ...] <-> [batch
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from models.ops.routed import ABSENT
 from models.ops.runs import runs
 from models.precision import widen
-from models.sequence import SequenceInfo
+from models.sequence import SequenceInfo, per_layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +66,8 @@ class ChunkGrid:
         return total / self.length.clamp(min=1).view(*self.shape, *[1] * (x.dim() - 2))
 
 
-@lru_cache(maxsize=8)  # all layers of a batch ask for the same ones
+@torch.compiler.disable
+@per_layout
 def chunk_grid(info: SequenceInfo, chunk: int) -> ChunkGrid:
     """Raises ValueError for a run of tokens that starts inside a chunk."""
     count, fresh, ordered = _plan(info, chunk)

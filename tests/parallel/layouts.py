@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from models.sequence import Fragment, SequenceInfo
+from models.sequence import Fragment, Peers, SequenceInfo
 
 Row = tuple[Fragment, ...]
 Stretch = tuple[int, int]  # start and stop in the packed global sequence
@@ -42,7 +42,7 @@ def scattered(ranks: int, n: int, seed: int = 0) -> list[list[Stretch]]:
     return held
 
 
-def place(lengths: Sequence[int], held: list[list[Stretch]]) -> tuple[Row, ...]:
+def place(lengths: Sequence[int], held: list[list[Stretch]]) -> Peers:
     """The fragments of each rank for documents of these lengths; what is left over is padding."""
     ends: list[int] = []
     padded = sum(b - a for stretches in held for a, b in stretches)
@@ -59,7 +59,7 @@ def place(lengths: Sequence[int], held: list[list[Stretch]]) -> tuple[Row, ...]:
         if a < stop:
             yield Fragment(stop - a, a, padding=True)
 
-    return tuple(tuple(f for part in stretches for f in fragments(*part)) for stretches in held)
+    return Peers(tuple(f for part in stretches for f in fragments(*part)) for stretches in held)
 
 
 def whole(peers: tuple[Row, ...]) -> SequenceInfo:
@@ -93,7 +93,7 @@ def _first(lengths: list[int], total: int) -> list[int]:
     return [length for length in cut if length > 0]
 
 
-def cases(ranks: int) -> Iterator[tuple[str, tuple[Row, ...]]]:
+def cases(ranks: int) -> Iterator[tuple[str, Peers]]:
     for layout, n in ((contiguous, 7), (zigzag, 6), (scattered, 11)):
         for name, lengths in document_lengths(ranks, n).items():
             yield f"{layout.__name__} {name}", place(lengths, layout(ranks, n))

@@ -13,7 +13,7 @@ from models.ops.delta_rule import TokenLoopDeltaRule
 from models.ops.latent import MaterialisedLatent
 from models.ops.routed_softmax import TiledRoutedAttention
 from models.ops.softmax import EinsumSoftmax
-from models.sequence import Fragment, SequenceInfo
+from models.sequence import Fragment, Peers, SequenceInfo
 from parallel.chains import scan_routes
 from parallel.collectives import Axis
 from parallel.cost import (
@@ -215,7 +215,7 @@ def test_formulas_are_the_largest_of_the_ranks(ranks: int) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3, 8, 40])
 def test_a_scan_receives_no_more_than_predicted(ranks: int) -> None:
-    peers = one_document(ranks, 4)
+    peers = Peers(one_document(ranks, 4))
     received = [
         sum(len(forward.incoming) for forward, _ in scan_routes(peers, rank))
         for rank in range(ranks)

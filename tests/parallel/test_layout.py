@@ -261,4 +261,4 @@ def test_plans_of_a_batch_are_found_without_a_look_at_every_fragment(monkeypatch
     info = plan_layout(packed([40, 3, 9]), ranks=3).info(0)
     plan = chains(info.peers)
     monkeypatch.setattr(Fragment, "__hash__", None)
-    assert chains(info.to("cpu").peers) is plan
+    assert chains(info.peers) is plan

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from models.ops.routed import ABSENT, RoutedAttention, RoutedKeys
 from models.ops.routed_softmax import DenseRoutedAttention, TiledRoutedAttention
-from models.sequence import Fragment, SequenceInfo
+from models.sequence import Fragment, Peers, SequenceInfo
 from parallel import cost
 from parallel.collectives import Axis, Traffic
 from parallel.parcels import Choice, Parcels, needed
@@ -271,10 +271,12 @@ def test_chunks_that_another_rank_may_need():
     piece = lambda first, stop: replace(  # noqa: E731
         long, index=3 + first, position=first, length=stop - first
     )
-    peers = (
-        (short, piece(4, 8), piece(12, 16)),
-        (piece(0, 4), piece(8, 12)),
-        (piece(16, 18),),
+    peers = Peers(
+        (
+            (short, piece(4, 8), piece(12, 16)),
+            (piece(0, 4), piece(8, 12)),
+            (piece(16, 18),),
+        )
     )
     assert needed(peers, 0, 1, CHUNK) == [(1, 7)]
     assert needed(peers, 0, 2, CHUNK) == [(1, 7), (2, 15)]

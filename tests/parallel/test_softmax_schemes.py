@@ -157,8 +157,8 @@ def mutations() -> list[tuple[str, str, AbstractContextManager]]:
         original(output, lse, part, part_lse)
         original(output, lse, part, part_lse)
 
-    def as_they_came(rows, device, original=merge_order):
-        order = torch.arange(len(original(rows, device)[0]))
+    def as_they_came(*group, original=merge_order):
+        order = torch.arange(len(original(*group)[0]))
         return order, order
 
     def one_reader(self, tensors, heads, direction, original=HeadExchange.gather_heads):
