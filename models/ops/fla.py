@@ -4,7 +4,6 @@ They take one flat row of sequences, each with its own initial state.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -14,9 +13,7 @@ from models.ops.conv import behind, pieces
 from models.ops.decayed_sum import DecayedSum
 from models.ops.runs import runs
 from models.precision import full_precision
-from models.sequence import CausalConv, Fragment, LinearRecurrence, Recurrent, SequenceInfo
-
-Rows = tuple[tuple[Fragment, ...], ...]
+from models.sequence import CausalConv, LinearRecurrence, Recurrent, SequenceInfo, per_layout
 
 
 class Sequences(NamedTuple):
@@ -27,10 +24,10 @@ class Sequences(NamedTuple):
     last: Tensor  # [batch] int64
 
 
-@lru_cache(maxsize=64)
-def sequences(rows: Rows, device: torch.device) -> Sequences:
+@per_layout
+def sequences(info: SequenceInfo, device: torch.device) -> Sequences:
     bounds, first, last = [0], [], []
-    for row in rows:
+    for row in info.fragments:
         first.append(len(bounds) - 1)
         bounds += [bounds[-1] + run.stop for run in runs(row)]
         last.append(len(bounds) - 2)
@@ -93,7 +90,7 @@ def _recur(
 ) -> Recurrent:
     """tensors: q, k, v, then what the kernel takes; each run of a row a sequence of its own."""
     q, _, v, *_ = tensors
-    packed = sequences(info.fragments, q.device)
+    packed = sequences(info, q.device)
     states = None
     if initial_state is not None:
         keeps = (info.positions[:, 0] > 0)[:, None, None, None]
@@ -122,19 +119,19 @@ class FlaConv(CausalConv):
 
         known = 0 if history is None else weight.shape[1] - 1
         tokens = x if history is None else behind(history, x, known)
-        bounds = _conv_bounds(info.fragments, known, x.device)
+        bounds = _conv_bounds(info, known, x.device)
         with full_precision(x):
             flat = tokens.flatten(0, 1).unsqueeze(0)
             output, _ = causal_conv1d(flat, weight.to(x.dtype), cu_seqlens=bounds)
         return output.view_as(tokens)[:, known:]
 
 
-@lru_cache(maxsize=64)
-def _conv_bounds(rows: Rows, known: int, device: torch.device) -> Tensor:
+@per_layout
+def _conv_bounds(info: SequenceInfo, known: int, device: torch.device) -> Tensor:
     """Starts of what each run sees; history that none sees is a sequence of its own."""
     starts: list[int] = []
-    for i, row in enumerate(rows):
+    for i, row in enumerate(info.fragments):
         found = pieces(row, known)
         seq = found[-1].stop
         starts += sorted({i * seq, *(i * seq + piece.first for piece in found)})
-    return torch.tensor([*starts, len(rows) * seq], device=device)
+    return torch.tensor([*starts, len(info.fragments) * seq], device=device)

@@ -4,7 +4,6 @@ Both take variable lengths, so the packed documents of a whole batch are one cal
 """
 
 from abc import abstractmethod
-from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from models.ops.softmax import TiledSoftmax
 from models.ops.tiles import tiles
-from models.sequence import Fragment, SequenceInfo
+from models.sequence import Fragment, SequenceInfo, per_layout
 
 
 class Lengths(NamedTuple):
@@ -106,7 +105,7 @@ class VarlenSoftmax(TiledSoftmax):
         """What one call of the kernel takes; None: tile by tile, where `tiles` may refuse it."""
         if window is not None and not self.causal:
             return None
-        return whole_documents(info.fragments, key_info.fragments, device, causal=self.causal)
+        return whole_documents(info, key_info.fragments, device, causal=self.causal)
 
     def tile(self, q, k, v, causal, scale):
         return self._forward(q, k, v, _equal_lengths(q), _equal_lengths(k), causal, scale)
@@ -145,9 +144,9 @@ def _equal_lengths(x: Tensor) -> Lengths:
     return Lengths(bounds, seq)
 
 
-@lru_cache(maxsize=64)
+@per_layout
 def whole_documents(
-    rows: tuple[tuple[Fragment, ...], ...],
+    info: SequenceInfo,
     key_rows: tuple[tuple[Fragment, ...], ...],
     device: torch.device,
     *,
@@ -156,7 +155,7 @@ def whole_documents(
     """The sequences of the flattened batch if every token sees just its own one, or if `causal`
     just what comes before it there; None if there is more to it."""
     stops = [0]
-    for row, key_row in zip(rows, key_rows, strict=True):
+    for row, key_row in zip(info.fragments, key_rows, strict=True):
         plan, seq = tiles(row, key_row, causal=causal), sum(fragment.length for fragment in row)
         ends = [0, *(tile.q_stop for tile in plan)]
         squares = [(start, stop, start, stop) for start, stop in pairwise(ends)]

@@ -87,9 +87,9 @@ def test_sums_are_wider_than_bf16():
 
 
 def test_flat_sequences_for_fla():
-    rows = SequenceInfo.from_lengths([[2, 3], [5]]).fragments
+    rows = SequenceInfo.from_lengths([[2, 3], [5]])
     assert _conv_bounds(rows, 0, torch.device("cpu")).tolist() == [0, 2, 5, 10]
     # Three tokens of history in front of each row, none of which a new document sees.
     assert _conv_bounds(rows, 3, torch.device("cpu")).tolist() == [0, 3, 5, 8, 11, 16]
-    rows = SequenceInfo.span(2, 1, 6).fragments  # sees one
+    rows = SequenceInfo.span(2, 1, 6)  # sees one
     assert _conv_bounds(rows, 3, torch.device("cpu")).tolist() == [0, 2, 8, 10, 16]

@@ -23,9 +23,9 @@ def test_neighbouring_rows_are_grouped():
 
 def test_flat_sequences_for_fla():
     rows = SequenceInfo.from_fragments([[Fragment(3, 5, 2), Fragment(2, 8)], [Fragment(5, 0)]])
-    packed = sequences(rows.fragments, torch.device("cpu"))
+    packed = sequences(rows, torch.device("cpu"))
     assert [x.tolist() for x in packed] == [[0, 3, 5, 10], [0, 2], [1, 2]]
     # Behind a gap too, though the document began before it; joined where one goes on.
-    row = (Fragment(3, 5, 2), Fragment(2, 8, 5), Fragment(4, 30, 27))
-    packed = sequences((row,), torch.device("cpu"))
+    row = [Fragment(3, 5, 2), Fragment(2, 8, 5), Fragment(4, 30, 27)]
+    packed = sequences(SequenceInfo.from_fragments([row]), torch.device("cpu"))
     assert [x.tolist() for x in packed] == [[0, 5, 9], [0], [1]]

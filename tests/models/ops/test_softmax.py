@@ -284,14 +284,15 @@ def test_tiles_without_the_causal_mask():
 
 
 def test_whole_documents_are_one_call():
-    rows, cpu = SequenceInfo.from_lengths([[4, 1, 3], [8]]).fragments, torch.device("cpu")
+    def lengths_of(info: SequenceInfo, key_info: SequenceInfo, *, causal: bool):
+        return whole_documents(info, key_info.fragments, torch.device("cpu"), causal=causal)
+
+    info, apart = SequenceInfo.from_lengths([[4, 1, 3], [8]]), INFOS["scattered"]
     for causal in (True, False):
-        lengths = whole_documents(rows, rows, cpu, causal=causal)
+        lengths = lengths_of(info, info, causal=causal)
         assert lengths is not None
         assert lengths.bounds.tolist() == [0, 4, 5, 8, 16] and lengths.longest == 8
-        rows_apart = INFOS["scattered"].fragments
-        assert whole_documents(rows_apart, rows_apart, cpu, causal=causal) is None
-        decoding = (info.fragments for info in QUERIES_AND_KEYS["decoding"])
-        assert whole_documents(*decoding, cpu, causal=causal) is None
-        before = (info.fragments for info in QUERIES_AND_KEYS["as many keys before"])
-        assert (whole_documents(*before, cpu, causal=causal) is None) == causal
+        assert lengths_of(apart, apart, causal=causal) is None
+        assert lengths_of(*QUERIES_AND_KEYS["decoding"], causal=causal) is None
+        before = lengths_of(*QUERIES_AND_KEYS["as many keys before"], causal=causal)
+        assert (before is None) == causal
