@@ -92,12 +92,12 @@ def _balance(
     plans: list[tuple[Cost, list[list[Fragment]]]] = []
     over = sum(document.length > size for document in ordered)
     last = max(over, sum(document.length > _SHARE for document in ordered))
+    cut = [_item([document]) for document in ordered[:over]]
     shared = over
     while True:
         shares = [share for d in ordered[over:shared] for share in _shares(d, multiple)]
-        items = shares + [_whole(d) for d in ordered[shared:]]
+        items = shares + [_item([document]) for document in ordered[shared:]]
         items.sort(key=lambda item: (-item.squares, item.fragments[0].index))
-        cut = [_whole(document) for document in ordered[:over]]
         for choose in (_even_area(cut), _tightest):
             bins, left = _pack(items, ranks, size, choose)
             rows = _cut_up(cut + left, bins, multiple)
@@ -113,10 +113,6 @@ def _balance(
 
 def _length(item: _Item) -> int:
     return item.length
-
-
-def _whole(document: Fragment) -> _Item:
-    return _Item((document,), document.length, document.length**2)
 
 
 def _shares(document: Fragment, multiple: int) -> list[_Item]:
